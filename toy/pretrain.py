@@ -1,0 +1,312 @@
+"""Train tiny-qwen2-vl: the multimodal LLM that the laptop run prunes.
+
+It plays the part that Qwen's own pre-training plays for the paper: a real `Qwen2VLForConditionalGeneration`
+of 2.6 M parameters, trained generatively on GlyphBEIR's *training files* (so nothing held out is seen),
+never contrastively:
+
+    python toy/pretrain.py                 # resumes by itself; writes toy/tiny-qwen2-vl
+
+Half of each batch is question answering, half is the one-word prompt that PUMA embeds with:
+
+    image + "name this character"                         -> latin capital letter a
+    image + "what is it with acute added?"                -> latin capital letter a with acute
+    "latin small letter a plus acute"                     -> latin small letter a with acute
+    item + "Summarize above image in one word: " + [RET]  -> any word of the name
+
+For the last kind the label is a distribution, 1/n on each of the n words of the name (the expectation
+over "any one word", instead of a draw). To predict it, the state at [RET] must hold the whole content.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from puma import PROMPT, PUMA, RET  # noqa: E402
+from toy.glyph_beir import EDIT_TASKS, INSTRUCTIONS, build, words  # noqa: E402
+
+VOCABULARY = 2048
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", RET]  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part.type == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NAME_IT = "name this character"
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.open(encoding="utf-8")]
+
+
+class Corpus:
+    """GlyphBEIR's training files as items with the name that each stands for.
+
+    `queries[task]` and `candidates[modality]` are lists of (item, name); an item is what
+    `PUMA.collate` takes, with an image path. A query stands for the name of its target.
+    """
+
+    def __init__(self, data):
+        self.data = Path(data)
+        pool = read_jsonl(self.data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
+        # A did's character is that of the last text candidate before it: pools list characters in turn.
+        name_of, self.candidates = {}, {"text": [], "image": [], "image,text": []}
+        for row in pool:
+            name = row["txt"] if row["modality"] == "text" else name  # noqa: F821
+            name_of[row["did"]] = name
+            self.candidates[row["modality"]].append((self.item(row["txt"], row["img_path"]), name))
+        self.queries = {task: [] for task in INSTRUCTIONS}
+        for row in read_jsonl(self.data / "query/train/mbeir_glyph_train.jsonl"):
+            item = self.item(row["query_txt"], row["query_img_path"])
+            self.queries[row["task_id"]].append((item, name_of[row["pos_cand_list"][0]]))
+
+    def item(self, text, image):
+        return {"text": text, "image": str(self.data / image) if image else None}
+
+    def texts(self):
+        """All texts, to train the tokenizer on."""
+        for group in [*self.queries.values(), *self.candidates.values()]:
+            yield from (item["text"] for item, _ in group if item["text"])
+        for prompts in INSTRUCTIONS.values():
+            yield from (prompt + ".\n" for prompt in prompts)
+        for kind in ("image", "sentence", "image and sentence") * 20:
+            yield PROMPT.format(kind)
+
+    def sample_answer(self, rng):
+        """An item with a question and the name that answers it."""
+        kind = rng.choices(("name", 1, 6), (0.6, 0.1, 0.3))[0]
+        if kind == "name":
+            item, name = rng.choice(self.candidates["image"])
+            return {**item, "text": NAME_IT}, name
+        return rng.choice(self.queries[kind])
+
+    def sample_summary(self, rng):
+        """An item as retrieval will embed it (a query with an instruction, or a candidate) and its name."""
+        if rng.random() < 0.4:
+            return rng.choice(self.candidates[rng.choice(list(self.candidates))])
+        task = rng.choice([*self.queries, *EDIT_TASKS])  # edits are harder: twice as often
+        item, name = rng.choice(self.queries[task])
+        return {**item, "instruction": rng.choice(INSTRUCTIONS[task]) + "."}, name
+
+
+def make_tokenizer(corpus):
+    """Byte-level BPE with Qwen2-VL's special tokens and `[RET]`."""
+    tokenizer = Tokenizer(models.BPE())
+    # Digits stand alone, so that "dots-138" shares its parts with other braille patterns.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )  # fmt: skip
+    tokenizer.train_from_iterator(corpus.texts(), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL[3:], padding_side="left", chat_template=TEMPLATE,
+    )  # fmt: skip
+    wrapped.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
+    return wrapped
+
+
+def make_model(tokenizer, seed):
+    """The untrained Qwen2-VL: 8 decoder layers of width 128, 2 vision blocks, tied embeddings."""
+    torch.manual_seed(seed)
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=8,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
+            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0},
+            bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
+            pad_token_id=ids("<|endoftext|>"), tie_word_embeddings=True,
+        ),
+        vision_config=dict(
+            depth=2, embed_dim=128, hidden_size=128, num_heads=4, mlp_ratio=2, patch_size=14,
+            spatial_merge_size=2, temporal_patch_size=2,
+        ),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = ids("<|im_end|>")
+    model.generation_config.pad_token_id = ids("<|endoftext|>")
+    return model
+
+
+class CachedPUMA(PUMA):
+    """Keeps the patches of every image that was read (about 1 GB in half precision)."""
+
+    def patches(self, visuals):
+        if not hasattr(self, "cache"):
+            self.cache = {}
+        new = {f: None for [f] in visuals if f not in self.cache}
+        if new:
+            pixels, grids = super().patches([[path] for path in new])
+            parts = pixels.half().split(grids.prod(-1).tolist())
+            self.cache.update(zip(new, zip(parts, grids)))
+        parts, grids = zip(*(self.cache[path] for [path] in visuals))
+        return torch.cat(parts).float(), torch.stack(grids)
+
+
+def answer_batch(puma, corpus, rng, size):
+    """`size` questions with their answers appended, for next-token prediction.
+
+    Returns (batch, positions (rows, columns) of the M predicting states, labels (M, vocabulary), each
+    row a distribution). Answers and summaries differ in length, hence a batch of each.
+    """
+    end = puma.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    pairs = [corpus.sample_answer(rng) for _ in range(size)]
+    answers = [[*ids, end] for ids in puma.tokenize([name for _, name in pairs])]
+    batch = puma.collate([item for item, _ in pairs], [[*puma.after_ids, *ids] for ids in answers])
+    length = batch["input_ids"].shape[1]
+    rows = torch.tensor([row for row, ids in enumerate(answers) for _ in ids])
+    # Rows end with the answer (padding is on the left); the state before a token predicts it.
+    columns = torch.tensor([length - 1 - k for ids in answers for k in range(len(ids), 0, -1)])
+    labels = F.one_hot(torch.tensor([t for ids in answers for t in ids]), VOCABULARY).float()
+    return batch, (rows, columns), labels
+
+
+def summary_batch(puma, corpus, rng, size):
+    """`size` items with the one-word prompt; the label of each is its name's word distribution."""
+    pairs = [corpus.sample_summary(rng) for _ in range(size)]
+    batch = puma.collate([item for item, _ in pairs])
+    labels = torch.zeros(size, VOCABULARY)
+    for row, (_, name) in enumerate(pairs):
+        for token, share in word_distribution(puma, name).items():
+            labels[row, token] = share
+    columns = torch.full((size,), batch["input_ids"].shape[1] - 1)
+    return batch, (torch.arange(size), columns), labels
+
+
+def word_distribution(puma, name):
+    """{token: probability}: 1/n on each word of the name; a word of several tokens shares its 1/n."""
+    label = {}
+    pieces = puma.tokenize([" " + word if word.isalpha() else word for word in words(name)])
+    for tokens in pieces:
+        for token in tokens:
+            label[token] = label.get(token, 0) + 1 / len(pieces) / len(tokens)
+    return label
+
+
+def loss_of(model, batch, positions, labels):
+    """Mean cross-entropy at `positions` against the labels' distributions, in nats."""
+    batch = dict(batch)
+    grid = batch.pop("grid_thw", None)
+    hidden = model.model(**batch, image_grid_thw=grid, use_cache=False).last_hidden_state  # (B, L, D)
+    logits = model.lm_head(hidden[positions])
+    return F.cross_entropy(logits, labels)
+
+
+def save_checkpoint(path, step, model, optimizer, history):
+    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def train(corpus, puma, model, args):
+    """AdamW, cosine schedule with warm-up. Step s draws its batch from seed and s alone, so a
+    resumed run continues with the batches that an uninterrupted one would have seen."""
+    puma.requires_grad_(True)  # all of it: here the tower and the table are trained, too
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    checkpoint = Path(args.work) / "checkpoint.pt"
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    first, history = 0, []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, history = state["step"], state["history"]
+    model.train()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)
+    started = time.time() - (history[-1]["seconds"] if history else 0)
+    for step in bar:
+        warm_up = min(1, (step + 1) / 300)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+        rng = random.Random(f"{args.seed}-{step}")
+        answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
+        answer.backward()
+        summary = loss_of(model, *summary_batch(puma, corpus, rng, args.batch_size // 2))
+        summary.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            history.append({"step": step + 1, "answer": round(answer.item(), 4),
+                            "summary": round(summary.item(), 4), "seconds": round(time.time() - started)})  # fmt: skip
+            bar.set_postfix(answer=f"{answer.item():.3f}", summary=f"{summary.item():.3f}")
+        if step % 500 == 499 or step + 1 == args.steps:
+            save_checkpoint(checkpoint, step + 1, model, optimizer, history)
+    return history
+
+
+@torch.inference_mode()
+def name_accuracy(model, puma, pairs, batch_size=256):
+    """Share of images whose name is exactly right by greedy decoding."""
+    model.eval()
+    right = 0
+    for start in tqdm(range(0, len(pairs), batch_size), desc="naming", leave=False):
+        chunk = pairs[start : start + batch_size]
+        items = [{"image": image, "text": NAME_IT} for image, _ in chunk]
+        batch = puma.collate(items, [puma.after_ids] * len(items))
+        batch["image_grid_thw"] = batch.pop("grid_thw")
+        image_tokens = batch["input_ids"] == model.config.image_token_id
+        batch.pop("position_ids")  # generate() makes its own, for the growing sequence
+        out = model.generate(**batch, mm_token_type_ids=image_tokens.int(), do_sample=False, max_new_tokens=40)
+        answers = puma.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        right += sum(answer == name for answer, (_, name) in zip(answers, chunk))
+    return right / len(pairs)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
+    parser.add_argument("--out", default="toy/tiny-qwen2-vl", help="folder of the finished model")
+    parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
+    parser.add_argument("--steps", type=int, default=10_000, help="about 0.3 s each on two cores")
+    parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
+    args = parser.parse_args()
+    if not Path(args.data).exists():
+        print(build(args.data))
+    corpus = Corpus(args.data)
+    tokenizer = make_tokenizer(corpus)
+    model = make_model(tokenizer, args.seed)
+    size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # every image: 2 x 2 visual tokens
+    puma = CachedPUMA(model.model, tokenizer, Qwen2VLImageProcessorPil(size=size))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    train(corpus, puma, model, args)
+
+
+if __name__ == "__main__":
+    main()
