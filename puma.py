@@ -54,7 +54,9 @@ def as_item(item):
         raise ValueError(f"an item is a str, PIL image, Path or dict, got {type(item).__name__}")
     unknown = set(item) - {"text", "image", "video", "instruction"}
     if unknown:
-        raise ValueError(f"unknown keys {sorted(unknown)} in item; known: text image video instruction")
+        raise ValueError(
+            f"unknown keys {sorted(unknown)} in item; known: text image video instruction"
+        )
     if not any(item.get(key) for key in ("text", "image", "video")):
         raise ValueError(f"empty item {item!r}: it needs a text, an image or a video")
     if item.get("image") and item.get("video"):
@@ -92,7 +94,9 @@ def load_video(video):
             with Image.open(video) as file:
                 frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read video {video}: {error}; pass a list of frames") from error
+            raise ValueError(
+                f"cannot read video {video}: {error}; pass a list of frames"
+            ) from error
     return frames + frames[-1:] * (len(frames) % 2)  # Qwen2-VL merges frames in pairs
 
 
@@ -131,7 +135,14 @@ class PUMA(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path, keep_layers=None, *, max_visual_tokens=300, max_text_tokens=450, dtype=None, device="cpu"
+        cls,
+        name_or_path,
+        keep_layers=None,
+        *,
+        max_visual_tokens=300,
+        max_text_tokens=450,
+        dtype=None,
+        device="cpu",
     ):
         """Load a checkpoint folder or hub id, only its first `keep_layers` decoder layers.
 
@@ -279,7 +290,9 @@ class PUMA(nn.Module):
         length = max(map(len, rows))
         pad = [self.tokenizer.pad_token_id or 0]
         batch["input_ids"] = torch.tensor([pad * (length - len(r)) + r for r in rows])
-        batch["attention_mask"] = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+        batch["attention_mask"] = torch.tensor(
+            [[0] * (length - len(r)) + [1] * len(r) for r in rows]
+        )
         batch["position_ids"] = torch.stack(
             [F.pad(p, (length - p.shape[1], 0)) for p in positions], dim=1
         )  # fmt: skip
@@ -327,7 +340,9 @@ class PUMA(nn.Module):
             config = self.backbone.config
             slots = (ids == config.image_token_id) | (ids == config.video_token_id)
             embeds = embeds.masked_scatter(slots[..., None], visual.to(embeds.dtype))
-        return torch.where((ids == self.ret_id)[..., None], self.ret_embedding.to(embeds.dtype), embeds)
+        return torch.where(
+            (ids == self.ret_id)[..., None], self.ret_embedding.to(embeds.dtype), embeds
+        )
 
     def forward(self, batch, visual=None):
         """batch of `collate` on this device -> (B, D) un-normalised `[RET]` states, final norm applied.
@@ -344,7 +359,7 @@ class PUMA(nn.Module):
         ).last_hidden_state
         return hidden[:, -1]
 
-    def _length(self, item):
+    def length(self, item):
         """Roughly how many tokens an item takes, without tokenising it: four characters each."""
         item = as_item(item)
         characters = len(item.get("text") or "") + len(item.get("instruction") or "")
@@ -361,23 +376,27 @@ class PUMA(nn.Module):
         return characters / 4 + patches / self.image_processor.merge_size**2
 
     @torch.inference_mode()
-    def encode(self, items, batch_size=64, normalize=True, show_progress=True):
+    def encode(self, items, batch_size=64, normalize=True, show_progress=True, forward=None):
         """Items (str, PIL image, Path or dict, mixed) -> (N, D) float32 embeddings on the CPU.
 
         Items are sorted by length, so that no batch is mostly padding, and returned in input order.
-        Raises ValueError on an unreadable image or an empty item.
+        `forward` replaces the model as the function of a batch; if it returns (..., B, D), for example
+        the states of several depths, so does this. Raises ValueError on an unreadable image or an
+        empty item.
         """
         items = list(items)
-        order = sorted(range(len(items)), key=lambda i: self._length(items[i]), reverse=True)
-        out = torch.empty(len(items), self.backbone.config.get_text_config().hidden_size)
+        order = sorted(range(len(items)), key=lambda i: self.length(items[i]), reverse=True)
         training = self.training
         self.eval()
+        parts = [torch.empty(0, self.backbone.config.get_text_config().hidden_size)][: not items]
         starts = range(0, len(items), batch_size)
-        for start in tqdm(starts, desc="encode", unit="batch", disable=not show_progress, leave=False):
-            rows = order[start : start + batch_size]
-            batch = to_device(self.collate([items[i] for i in rows]), self.device)
-            out[rows] = self(batch).float().cpu()
+        for start in tqdm(
+            starts, desc="encode", unit="batch", disable=not show_progress, leave=False
+        ):
+            batch = self.collate([items[i] for i in order[start : start + batch_size]])
+            parts.append((forward or self)(to_device(batch, self.device)).float().cpu())
         self.train(training)
+        out = torch.cat(parts, dim=-2)[..., torch.tensor(order, dtype=torch.long).argsort(), :]
         return F.normalize(out, dim=-1) if normalize else out
 
 

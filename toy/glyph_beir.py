@@ -96,7 +96,9 @@ CATEGORIES = {
     "So": "symbol", "Pd": "dash", "Ps": "opening mark", "Pe": "closing mark",
     "Pi": "opening quote", "Pf": "closing quote", "Pc": "connector", "Po": "punctuation",
 }  # fmt: skip
-SCRIPTS = "latin greek coptic cyrillic armenian georgian hebrew arabic braille nko lao ogham tifinagh"
+SCRIPTS = (
+    "latin greek coptic cyrillic armenian georgian hebrew arabic braille nko lao ogham tifinagh"
+)
 
 
 @dataclass(frozen=True)
@@ -379,7 +381,9 @@ def write_queries(root, world, train_pool, pool, seed):
 def write_instructions(root):
     path = root / "instructions/query_instructions.tsv"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3"]
+    lines = [
+        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3"
+    ]
     for task, prompts in INSTRUCTIONS.items():
         lines.append("\t".join([*TASKS[task], "GlyphBEIR", str(DATASET_ID), *prompts]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -443,12 +447,18 @@ def build(out, seed=0, processes=None):
         with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as workers:
             images = workers.map_async(write_images, jobs, chunksize=1)
             count = write_queries(root, world, train_pool, pool, seed)
-            write_jsonl(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", train_pool.rows)
+            write_jsonl(
+                root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", train_pool.rows
+            )
             for split in ("val", "test"):
-                write_jsonl(root / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl", pool.rows)
+                write_jsonl(
+                    root / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl", pool.rows
+                )
             for task, (_, modality) in TASKS.items():
                 rows = [row for row in pool.rows if row["modality"] == modality]
-                write_jsonl(root / f"cand_pool/local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows)
+                write_jsonl(
+                    root / f"cand_pool/local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows
+                )
             write_instructions(root)
             images.get()
         draw_samples(root, world, root / "samples.png")

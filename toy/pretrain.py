@@ -40,8 +40,20 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import Benchmark  # noqa: E402
+from evaluate import Embedded, score, split_cells  # noqa: E402
+from prune_distill import find_decoder, layer_embeddings  # noqa: E402
 from puma import PROMPT, PUMA, RET  # noqa: E402
-from toy.glyph_beir import EDIT_TASKS, INSTRUCTIONS, build, words  # noqa: E402
+from toy.glyph_beir import (  # noqa: E402
+    EDIT_TASKS,
+    INSTRUCTIONS,
+    TARGET_FACE,
+    TEST_QUERY_FACES,
+    World,
+    build,
+    image_path,
+    words,
+)
 
 VOCABULARY = 2048
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
@@ -116,7 +128,10 @@ def make_tokenizer(corpus):
     tokenizer = Tokenizer(models.BPE())
     # Digits stand alone, so that "dots-138" shares its parts with other braille patterns.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -216,13 +231,20 @@ def loss_of(model, batch, positions, labels):
     """Mean cross-entropy at `positions` against the labels' distributions, in nats."""
     batch = dict(batch)
     grid = batch.pop("grid_thw", None)
-    hidden = model.model(**batch, image_grid_thw=grid, use_cache=False).last_hidden_state  # (B, L, D)
+    hidden = model.model(
+        **batch, image_grid_thw=grid, use_cache=False
+    ).last_hidden_state  # (B, L, D)
     logits = model.lm_head(hidden[positions])
     return F.cross_entropy(logits, labels)
 
 
 def save_checkpoint(path, step, model, optimizer, history):
-    state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
     torch.save(state, path.with_suffix(".tmp"))
     os.replace(path.with_suffix(".tmp"), path)
 
@@ -251,7 +273,11 @@ def train(corpus, puma, model, args):
     for step in bar:
         warm_up = min(1, (step + 1) / 300)
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm_up * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+            group["lr"] = (
+                args.lr
+                * warm_up
+                * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+            )
         rng = random.Random(f"{args.seed}-{step}")
         answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
         answer.backward()
@@ -271,7 +297,7 @@ def train(corpus, puma, model, args):
 
 @torch.inference_mode()
 def name_accuracy(model, puma, pairs, batch_size=256):
-    """Share of images whose name is exactly right by greedy decoding."""
+    """Share of (image path, name) pairs whose name is exactly right by greedy decoding."""
     model.eval()
     right = 0
     for start in tqdm(range(0, len(pairs), batch_size), desc="naming", leave=False):
@@ -279,12 +305,78 @@ def name_accuracy(model, puma, pairs, batch_size=256):
         items = [{"image": image, "text": NAME_IT} for image, _ in chunk]
         batch = puma.collate(items, [puma.after_ids] * len(items))
         batch["image_grid_thw"] = batch.pop("grid_thw")
-        image_tokens = batch["input_ids"] == model.config.image_token_id
-        batch.pop("position_ids")  # generate() makes its own, for the growing sequence
-        out = model.generate(**batch, mm_token_type_ids=image_tokens.int(), do_sample=False, max_new_tokens=40)
-        answers = puma.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        batch["mm_token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).int()
+        del batch["position_ids"]  # generate() makes its own, for the growing sequence
+        out = model.generate(**batch, do_sample=False, max_new_tokens=40)
+        new = out[:, batch["input_ids"].shape[1] :]
+        answers = puma.tokenizer.batch_decode(new, skip_special_tokens=True)
         right += sum(answer == name for answer, (_, name) in zip(answers, chunk))
     return right / len(pairs)
+
+
+def measure(folder, data):
+    """What the model card reports: naming accuracy on held-out faces, zero-shot retrieval by depth."""
+    world = World()
+    model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    puma = PUMA.from_pretrained(folder)
+    figures = {}
+    for kind, chars in (("seen", world.seen), ("zero-shot", sorted(world.zero))):
+        for face in (TARGET_FACE, TEST_QUERY_FACES[0]):
+            drawn = [char for char in chars if world.drawable(char, [face])]
+            pairs = [(str(Path(data, image_path(char, face))), world.names[char]) for char in drawn]
+            accuracy = name_accuracy(model, puma, pairs)
+            figures[f"names exactly right, {face}, {kind} characters"] = accuracy
+
+    benchmark = Benchmark(data)
+    cells = split_cells(benchmark, "test")
+    depth = len(find_decoder(puma).layers)
+
+    def read_out(batch):
+        return layer_embeddings(puma, batch)
+
+    embedded = Embedded(benchmark, cells, "test", lambda items: puma.encode(items, forward=read_out))
+    for layers in range(depth, 0, -1):
+        result = score(embedded, cells, depth=layers)
+        for split, average in (("seen", "average"), ("zero-shot", "average_zero")):
+            for pool in ("local", "global"):
+                key = f"hit rate @5 read after layer {layers}, {split}, {pool} pools"
+                figures[key] = result[average][pool]["hit_rate@5"]
+    return figures
+
+
+def export(model, puma, history, args):
+    """Write the finished model as an ordinary transformers folder in bfloat16, with its model card."""
+    out = Path(args.out)
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(temporary)
+    puma.tokenizer.save_pretrained(temporary)
+    puma.image_processor.save_pretrained(temporary)
+    figures = measure(temporary, args.data)
+    card = [
+        "# tiny-qwen2-vl",
+        "",
+        "A real `Qwen2VLForConditionalGeneration`, only small: "
+        f"{model.num_parameters():,} parameters, 8 decoder layers of width 128, 2 vision blocks, "
+        "56 x 56 pixel images = 4 visual tokens. It knows Unicode glyphs and their names "
+        "(GlyphBEIR's training files) and has never seen a contrastive loss. Made by",
+        "",
+        f"    python toy/pretrain.py --steps {args.steps} --batch-size {args.batch_size} "
+        f"--lr {args.lr} --seed {args.seed}",
+        "",
+        f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside it). "
+        f"Final losses, nats, mean of the last 500 steps: "
+        f"answers {sum(h['answer'] for h in history[-10:]) / 10:.3f}, "
+        f"one-word summaries {sum(h['summary'] for h in history[-10:]) / 10:.3f}.",
+        "",
+        "| measured on what training never saw (`python toy/pretrain.py --measure`) | % |",
+        "|---|---|",
+        *(f"| {name} | {100 * value:.1f} |" for name, value in figures.items()),
+    ]
+    (temporary / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+    print("\n".join(card))
 
 
 def main():
@@ -292,20 +384,26 @@ def main():
     parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
     parser.add_argument("--out", default="toy/tiny-qwen2-vl", help="folder of the finished model")
     parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=10_000, help="about 0.3 s each on two cores")
+    parser.add_argument("--steps", type=int, default=10_000, help="about 0.35 s each on two cores")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
+    parser.add_argument("--measure", action="store_true", help="only measure the model in --out")
     args = parser.parse_args()
     if not Path(args.data).exists():
         print(build(args.data))
+    if args.measure:
+        for name, value in measure(args.out, args.data).items():
+            print(f"{100 * value:5.1f}  {name}")
+        return
     corpus = Corpus(args.data)
     tokenizer = make_tokenizer(corpus)
     model = make_model(tokenizer, args.seed)
     size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}  # every image: 2 x 2 visual tokens
     puma = CachedPUMA(model.model, tokenizer, Qwen2VLImageProcessorPil(size=size))
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    train(corpus, puma, model, args)
+    print(f"{model.num_parameters():,} parameters")
+    history = train(corpus, puma, model, args)
+    export(model, puma, history, args)
 
 
 if __name__ == "__main__":
