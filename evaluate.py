@@ -1,39 +1,38 @@
 """Evaluate a PUMA model on M-BEIR: embed, search, score, time, show.
 
-    python evaluate.py runs/puma-1/model                                   # GlyphBEIR's test split
+    python evaluate.py runs/puma-1/model                               # GlyphBEIR's test split
     python evaluate.py runs/puma-1/model --query "leftwards arrow with hook"
     python evaluate.py runs/puma-1/model --image my_glyph.png --query "make it capital"
 
-The first prints hit rates for each cell (dataset and task) on its local pool (its own candidates) and on
-the global pool (all cells' candidates together, where the modality must be right as well), and writes
-results.json, TREC run files and qrels, and gallery.png. The others search the global pool.
+The first prints hit rates for each cell (dataset and task), on its local pool (its own candidates)
+and on the global pool (all cells' candidates together, so that the modality must be right as well),
+and writes results.json, TREC run files, qrels and gallery.png. The others search the global pool.
 
-Hit rate @k is 1 if any relevant candidate is among the first k. M-BEIR calls it recall. Search is
-exact, in chunks of the pool, so memory does not grow with it; ties go to the candidate that comes first
-in the pool. Above some ten million vectors, put the embeddings into a vector index of your choice.
+Hit rate @k is 1 if any relevant candidate is among the first k; M-BEIR calls it recall. Search is
+exact, in chunks of the pool, so memory does not grow with it; ties go to the candidate that comes
+first in the pool. Above some ten million vectors, put the embeddings into a vector index.
 """
 
 import argparse
 import json
 import os
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from data import MODALITIES, Benchmark, did_key
+from data import MODALITIES, Benchmark, did_text
+from pictures import draw_gallery
 from prune_distill import depth_costs
-from puma import PUMA, load_image, to_device
+from puma import PUMA, to_device
 
 DEFAULT_DATA = "data/glyph_beir"
 CUTOFFS = (1, 5, 10)
 
 
 def stable_topk(scores, k):
-    """The k best of each row, best first; among equals the lower column first. -> (values, columns)."""
+    """The k best of each row, best first, among equals the lower column. -> (values, columns)."""
     k = min(k, scores.shape[1])
     values, columns = scores.topk(k, dim=1)
     # topk picks any of several equals; rows where that mattered are sorted in full, stably.
@@ -46,10 +45,10 @@ def stable_topk(scores, k):
 
 
 def search(queries, candidates, k, chunk_size=65_536):
-    """Exact search: queries (Q, D), candidates (N, D) -> (scores (Q, k), indices (Q, k)), best first.
+    """Exact search: queries (Q, D), candidates (N, D) -> scores (Q, k), indices (Q, k), best first.
 
-    k is cut at N. Only `chunk_size` candidates are compared at a time. Raises ValueError if the widths
-    differ, the pool is empty, or an embedding is not finite.
+    k is cut at N. Only `chunk_size` candidates are compared at a time. Raises ValueError if the
+    widths differ, the pool is empty, or an embedding is not finite.
     """
     if queries.shape[1] != candidates.shape[1] or len(candidates) == 0:
         shapes = f"{tuple(queries.shape)} and {tuple(candidates.shape)}"
@@ -85,13 +84,10 @@ class Embedded:
     The leading axes are whatever `encode(items)` returns in front: several depths, for example.
     """
 
-    def __init__(self, benchmark, cells, split, encode, which=("local", "global")):
-        paths = {"local": {cell.pool_path for cell in cells} if "local" in which else set(),
-                 "global": {benchmark.global_pool_path(split)} - {None} if "global" in which else set()}  # fmt: skip
-        self.global_path = next(iter(paths["global"]), None)
-        self.pools = {
-            path: benchmark.pool(path) for path in sorted(paths["global"] | paths["local"])
-        }
+    def __init__(self, benchmark, cells, split, encode):
+        self.global_path = benchmark.global_pool_path(split)
+        paths = {cell.pool_path for cell in cells} | ({self.global_path} - {None})
+        self.pools = {path: benchmark.pool(path) for path in sorted(paths)}
         self.source, self.rows = [], {}  # row -> (pool, index in it); did key -> row
         for pool in self.pools.values():
             for index, key in enumerate(pool.keys):
@@ -100,55 +96,55 @@ class Embedded:
                     self.source.append((pool, index))
         items = [item for cell in cells for item in cell.items]
         items += [pool[index] for pool, index in self.source]
-        embeddings = encode(items)
         counts = [len(cell.items) for cell in cells] + [len(self.source)]
-        *queries, self.candidates = embeddings.split(counts, dim=-2)
+        *queries, self.candidates = encode(items).split(counts, dim=-2)
         self.queries = {cell.name: part for cell, part in zip(cells, queries)}
 
-    def pool_for(self, cell, which):
-        return self.pools.get(cell.pool_path if which == "local" else self.global_path)
+    def candidate(self, key):
+        pool, index = self.source[self.rows[key]]
+        return pool[index]
 
-    def rank(self, cell, which, k=max(CUTOFFS), depth=(), popularity_penalty=0.0):
-        """(scores, did keys) of the k best candidates for each query of a cell, as lists.
+    def rank(self, cells, depth=(), popularity_penalty=0.0):
+        """{(cell name, "local" or "global"): (scores, did keys)}, the best ten for each query.
 
-        `popularity_penalty` p subtracts p * (the candidate's mean similarity to all queries of the
-        cell), as the official code does with 0.2: it looks at all test queries, so it is off.
+        `popularity_penalty` p subtracts p times the candidate's mean similarity to all queries of
+        the cell, as the official code does with 0.2. It looks at all test queries, so it is off.
         """
-        pool = self.pool_for(cell, which)
-        rows = torch.tensor([self.rows[key] for key in pool.keys])
-        queries = self.queries[cell.name][depth]
-        queries = queries - popularity_penalty * queries.mean(
-            0
-        )  # (q - p mean(q)) . c, the same thing
-        scores, indices = search(queries, self.candidates[depth][rows], k)
-        keys = torch.tensor(pool.keys)
-        return scores.tolist(), keys[indices].tolist()
+        rankings = {}
+        for cell in cells:
+            queries = self.queries[cell.name][depth]
+            queries = queries - popularity_penalty * queries.mean(0)  # (q - p mean q) . c
+            for which, path in (("local", cell.pool_path), ("global", self.global_path)):
+                if path is not None:
+                    keys = torch.tensor(self.pools[path].keys)
+                    rows = torch.tensor([self.rows[key] for key in keys.tolist()])
+                    scores, found = search(queries, self.candidates[depth][rows], max(CUTOFFS))
+                    rankings[cell.name, which] = (scores.tolist(), keys[found].tolist())
+        return rankings
 
 
-def score(embedded, cells, depth=(), popularity_penalty=0.0):
-    """{"cells": ..., "average": ..., "average_zero": ...}: the part of results.json about quality."""
+def score(cells, rankings):
+    """{"cells": ..., "average": ..., "average_zero": ...}: the part of results.json on quality."""
     results = {}
     for cell in cells:
-        entry = {"queries": len(cell.items)}
+        results[cell.name] = {"queries": len(cell.items)}
         for which in ("local", "global"):
-            if embedded.pool_for(cell, which) is not None:
-                _, ranked = embedded.rank(
-                    cell, which, depth=depth, popularity_penalty=popularity_penalty
-                )
-                entry[which] = hit_rates(ranked, cell.relevant)
-        results[cell.name] = entry
+            if (cell.name, which) in rankings:
+                ranked = rankings[cell.name, which][1]
+                results[cell.name][which] = hit_rates(ranked, cell.relevant)
     zero = [entry for name, entry in results.items() if name.startswith("zero_")]
     seen = [entry for name, entry in results.items() if not name.startswith("zero_")]
     return {"cells": results, "average": _average(seen or zero), "average_zero": _average(zero)}
 
 
 def _average(entries):
-    """The plain mean over cells, as M-BEIR's tables have it."""
-    return {
-        which: {metric: sum(e[which][metric] for e in entries) / len(entries) for metric in entries[0][which]}
-        for which in ("local", "global")
-        if entries and which in entries[0]
-    }  # fmt: skip
+    """The plain mean over cells, as in M-BEIR's tables."""
+    average = {}
+    for which in ("local", "global"):
+        if entries and which in entries[0]:
+            average[which] = {metric: sum(entry[which][metric] for entry in entries) / len(entries)
+                              for metric in entries[0][which]}
+    return average
 
 
 def split_cells(benchmark, split, limit=None):
@@ -179,27 +175,25 @@ def efficiency(model, items, batch_size=64, runs=3):
 
 
 def table(columns):
-    """{heading: score(...)} -> the text table: per cell hit rate @5 (local, global) of each model."""
+    """{heading: results} -> a text table: hit rate @5 on local and global pools, and the cost."""
     first = next(iter(columns.values()))
-    width = max(map(len, [*first["cells"], "average (zero-shot)"])) + 2
-    lines = [" " * width + "".join(f"{heading:>20}" for heading in columns)]
-    lines.append(f"{'hit rate @5, %':<{width}}" + f"{'local':>11}{'global':>9}" * len(columns))
-
-    def line(name, pick):
-        cells = []
+    rows = [(name, lambda results, name=name: results["cells"][name]) for name in first["cells"]]
+    rows.append(("average", lambda results: results["average"]))
+    if first["average_zero"]:
+        rows.append(("average, zero-shot", lambda results: results["average_zero"]))
+    lines = [f"{'':<24}" + "".join(f"{heading:>20}" for heading in columns)]
+    lines.append(f"{'hit rate @5, %':<24}" + f"{'local':>11}{'global':>9}" * len(columns))
+    for name, pick in rows:
+        lines.append(f"{name:<24}")
         for results in columns.values():
             entry = pick(results)
-            values = [
-                entry[w]["hit_rate@5"] if w in entry else float("nan") for w in ("local", "global")
-            ]
-            cells.append(f"{100 * values[0]:>11.1f}{100 * values[1]:>9.1f}")
-        lines.append(f"{name:<{width}}" + "".join(cells))
-
-    for name in first["cells"]:
-        line(name, lambda results, name=name: results["cells"][name])
-    line("average", lambda results: results["average"])
-    if first["average_zero"]:
-        line("average (zero-shot)", lambda results: results["average_zero"])
+            local, union = (f"{100 * entry[which]['hit_rate@5']:.1f}" if which in entry else "-"
+                            for which in ("local", "global"))
+            lines[-1] += f"{local:>11}{union:>9}"
+    for name, key, form in (("parameters", "parameters", ","), ("GFLOP an item", "gflops_per_item", ".3f"),
+                            ("items a second", "items_per_s", ",.0f")):
+        lines.append(f"{name:<24}")
+        lines[-1] += "".join(f"{results['efficiency'][key]:>20{form}}" for results in columns.values())
     return "\n".join(lines)
 
 
@@ -210,169 +204,103 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def write_trec(folder, embedded, cells, popularity_penalty=0.0):
+def write_trec(folder, cells, rankings):
     """`<cell>.<pool>.trec` (qid Q0 did rank score run) and `<cell>.qrels` (qid 0 did relevance)."""
     folder.mkdir(parents=True, exist_ok=True)
     for cell in cells:
-        qrels = [
-            f"{qid} 0 {did_text(key)} 1\n"
-            for qid, keys in zip(cell.qids, cell.relevant)
-            for key in sorted(keys)
+        pairs = [(qid, key) for qid, keys in zip(cell.qids, cell.relevant) for key in sorted(keys)]
+        qrels = "".join(f"{qid} 0 {did_text(key)} 1\n" for qid, key in pairs)
+        (folder / f"{cell.name}.qrels").write_text(qrels)
+    queries = {cell.name: cell.qids for cell in cells}
+    for (name, which), (scores, ranked) in rankings.items():
+        lines = [
+            f"{qid} Q0 {did_text(key)} {rank} {value:.6f} puma\n"
+            for qid, values, keys in zip(queries[name], scores, ranked)
+            for rank, (value, key) in enumerate(zip(values, keys), 1)
         ]
-        (folder / f"{cell.name}.qrels").write_text("".join(qrels))
-        for which in ("local", "global"):
-            if embedded.pool_for(cell, which) is None:
-                continue
-            scores, ranked = embedded.rank(cell, which, popularity_penalty=popularity_penalty)
-            lines = [
-                f"{qid} Q0 {did_text(key)} {rank} {value:.6f} puma\n"
-                for qid, values, keys in zip(cell.qids, scores, ranked)
-                for rank, (value, key) in enumerate(zip(values, keys), 1)
-            ]
-            (folder / f"{cell.name}.{which}.trec").write_text("".join(lines))
+        (folder / f"{name}.{which}.trec").write_text("".join(lines))
 
 
-def did_text(key):
-    return f"{key >> 40}:{key & (1 << 40) - 1}"
-
-
-def draw_gallery(path, rows, columns=5):
-    """rows of (query item, [(score, candidate item, is_right or None)]) -> a picture of the results.
-
-    The right candidates have a thick green frame, the others a thin grey one.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        len(rows), columns + 1, figsize=(2 * columns + 2.4, 1.9 * len(rows) + 0.4), squeeze=False
-    )
-    for line, (query, found) in zip(axes, rows):
-        cells = [("query", query, None)] + [
-            (f"{s:.3f}", item, right) for s, item, right in found[:columns]
-        ]
-        for axis in line:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        for axis, (title, item, right) in zip(line, cells):
-            axis.set_xlim(0, 1)
-            axis.set_ylim(0, 1)
-            text = textwrap.fill(item.get("text") or "", 22)
-            if item.get("image"):
-                inset = axis.inset_axes([0.2, 0.36, 0.6, 0.6] if text else [0.12, 0.12, 0.76, 0.76])
-                inset.imshow(load_image(item["image"]))
-                inset.axis("off")
-            axis.text(
-                0.5,
-                0.17 if item.get("image") else 0.5,
-                text,
-                ha="center",
-                va="center",
-                fontsize=7.5,
-            )
-            axis.set_title(title, fontsize=9, color="tab:blue" if title == "query" else "black")
-            for spine in axis.spines.values():
-                spine.set_edgecolor(
-                    "tab:green" if right else "tab:blue" if title == "query" else "0.8"
-                )
-                spine.set_linewidth(3 if right else 1)
-        for axis in line[len(cells) :]:
-            axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def gallery_rows(embedded, cells, which="global"):
-    """For each seen cell its first query with the five best candidates of the global (else local) pool."""
+def gallery_rows(embedded, cells, rankings):
+    """Each cell's first query with the best of the widest pool; without the zero-shot cells."""
     rows = []
-    for cell in cells:
-        if cell.name.startswith("zero_") and len(cells) > 8:
-            continue
-        scope = which if embedded.pool_for(cell, which) is not None else "local"
-        scores, ranked = embedded.rank(cell, scope, k=5)
-        found = []
-        for value, key in zip(scores[0], ranked[0]):
-            pool, index = embedded.source[embedded.rows[key]]
-            found.append((value, pool[index], key in cell.relevant[0]))
-        rows.append((cell.items[0], found))
+    for cell in [c for c in cells if not c.name.startswith("zero_")] or cells:
+        which = "global" if (cell.name, "global") in rankings else "local"
+        scores, ranked = rankings[cell.name, which]
+        found = [(value, embedded.candidate(key), key in cell.relevant[0])
+                 for value, key in zip(scores[0], ranked[0])]
+        rows.append((f"{cell.name}: query", cell.items[0], found))
     return rows
 
 
-def evaluate(
-    model, data, split="test", out=None, *, batch_size=64, limit=None, popularity_penalty=0.0
-):
-    """Evaluate on all cells of a split; print the table, write everything to folder `out`; -> results."""
+def evaluate(model, data, split="test", out=None, batch_size=64, limit=None, popularity_penalty=0.0):
+    """Evaluate on all cells of a split, print the table, write all to folder `out`; -> results."""
     benchmark = Benchmark(data)
     cells = split_cells(benchmark, split, limit)
     embedded = Embedded(benchmark, cells, split, lambda items: model.encode(items, batch_size))
-    results = score(embedded, cells, popularity_penalty=popularity_penalty)
-    results["efficiency"] = efficiency(model, [i for cell in cells for i in cell.items[:64]])
+    rankings = embedded.rank(cells, popularity_penalty=popularity_penalty)
+    results = score(cells, rankings)
+    sample = [item for cell in cells for item in cell.items[:48]]
+    results["efficiency"] = efficiency(model, sample, batch_size)
     results["settings"] = {"data": str(data), "split": split, "limit": limit,
-                           "popularity_penalty": popularity_penalty}  # fmt: skip
-    print(table({"hit rates": results}))
+                           "popularity_penalty": popularity_penalty}
+    print(table({"": results}))
     if popularity_penalty:
-        print(f"popularity penalty {popularity_penalty}: the scores use all test queries at once")
+        print(f"popularity penalty {popularity_penalty}: each score depends on all test queries")
     if out is not None:
         out = Path(out)
-        write_trec(out, embedded, cells, popularity_penalty)
-        draw_gallery(out / "gallery.png", gallery_rows(embedded, cells))
+        write_trec(out, cells, rankings)
+        draw_gallery(out / "gallery.png", gallery_rows(embedded, cells, rankings))
         write_json(out / "results.json", results)
         print(f"wrote {out / 'results.json'} and {out / 'gallery.png'}")
     return results
 
 
 def show(model, data, query, out, batch_size=64, k=10):
-    """Search the global test pool for an item, print the k best, draw them."""
+    """Search the global test pool for an item; print the k best, draw the first five."""
     benchmark = Benchmark(data)
     path = benchmark.global_pool_path("test")
     if path is None:
-        raise ValueError(f"{data} has no global test pool to search")
+        raise ValueError(f"{data}: expected a pool cand_pool/global/mbeir_union_test_cand_pool.jsonl")
     pool = benchmark.pool(path)
-    (vector,) = model.encode([query], show_progress=False)  # first: a bad image should fail at once
+    vector = model.encode([query], show_progress=False)  # first, as a bad image should fail at once
     vectors = model.encode([pool[i] for i in range(len(pool))], batch_size)
-    scores, indices = search(vector[None], vectors, k)
-    found = [(s, pool[i], None) for s, i in zip(scores[0].tolist(), indices[0].tolist())]
-    for rank, (value, item, _) in enumerate(found, 1):
-        kind = MODALITIES[pool.modality[indices[0][rank - 1]]]
+    scores, found = search(vector, vectors, k)
+    found = [(value, pool[i], MODALITIES[pool.modality[i]])
+             for value, i in zip(scores[0].tolist(), found[0].tolist())]
+    for rank, (value, item, kind) in enumerate(found, 1):
         print(f"{rank:>3}  {value:.3f}  {kind:<10}  {item['text'] or ''}  {item['image'] or ''}")
-    Path(out).mkdir(parents=True, exist_ok=True)
-    draw_gallery(Path(out) / "search.png", [(query, found[:5]), (query, found[5:])])
-    print(f"wrote {Path(out) / 'search.png'}")
+    out.mkdir(parents=True, exist_ok=True)
+    draw_gallery(out / "search.png", [("query", query, [(v, item, False) for v, item, _ in found])])
+    print(f"wrote {out / 'search.png'}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="model folder or hub id")
-    parser.add_argument(
-        "--data", default=DEFAULT_DATA, help="M-BEIR directory; GlyphBEIR is written if absent"
-    )
-    parser.add_argument("--split", default="test", help="test brings the zero-shot split along")
-    parser.add_argument("--out", help="folder for results; default: results/<model>")
-    parser.add_argument("--query", help="search for this text instead of evaluating")
-    parser.add_argument("--image", help="search for this image (with --query: image and text)")
-    parser.add_argument("--batch-size", type=int, default=64, help="items embedded at a time")
-    parser.add_argument("--limit", type=int, help="only the first queries of each cell")
-    parser.add_argument(
-        "--popularity-penalty", type=float, default=0.0, help="0.2: as the official code"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
-    )
+    option = parser.add_argument
+    option("model", help="model folder or hub id")
+    option("--data", default=DEFAULT_DATA, help="M-BEIR directory; GlyphBEIR is written if absent")
+    option("--split", default="test", help="test brings the zero-shot split along")
+    option("--out", help="folder for the results, must not exist; default: results/<model>")
+    option("--query", help="search for this text instead of evaluating")
+    option("--image", help="search for this image; with --query for both together")
+    option("--batch-size", type=int, default=64, help="items embedded at a time")
+    option("--limit", type=int, help="only the first queries of each cell")
+    option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
     try:
         if args.out and Path(args.out).exists():
-            raise ValueError(f"--out {args.out} exists: remove it, or choose another folder")
-        out = args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:])
+            raise ValueError(f"--out {args.out} exists: choose another folder")
+        out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
         ensure_data(args.data)
         model = PUMA.from_pretrained(args.model, device=args.device)
         if args.query or args.image:
-            show(model, args.data, {"text": args.query, "image": args.image}, out, args.batch_size)
+            query = {"text": args.query, "image": args.image}
+            show(model, args.data, query, out, args.batch_size)
         else:
-            evaluate(model, args.data, args.split, out, batch_size=args.batch_size, limit=args.limit,
-                     popularity_penalty=args.popularity_penalty)  # fmt: skip
+            evaluate(model, args.data, args.split, out, args.batch_size, args.limit,
+                     args.popularity_penalty)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,12 +1,12 @@
 """PUMA's model: an item becomes a prompt, and the prompt's last hidden state is its embedding.
 
     from puma import PUMA
-    model = PUMA.from_pretrained("toy/tiny-qwen2-vl", keep_layers=4)   # or "Qwen/Qwen2-VL-2B-Instruct"
-    vectors = model.encode(["latin small letter a", {"image": "glyph.png", "text": "make it capital"}])
-    vectors @ vectors.T                                                # (2, 2) cosine similarities
+    model = PUMA.from_pretrained("toy/tiny-qwen2-vl", keep_layers=4)  # or Qwen/Qwen2-VL-2B-Instruct
+    vectors = model.encode(["latin small letter a", {"image": "a.png", "text": "make it capital"}])
+    vectors @ vectors.T                                               # (2, 2) cosine similarities
 
 One item is `[image or video] [instruction + text] [alignment prompt] [RET]` in the model's own chat
-template (Section "Universal Multimodal Embedding" of the paper, arXiv 2507.08064):
+template (PUMA, arXiv 2507.08064):
 
     <|im_start|>user
     <|vision_start|><|image_pad|>...<|vision_end|>make it capital
@@ -14,13 +14,13 @@ template (Section "Universal Multimodal Embedding" of the paper, arXiv 2507.0806
     <|im_start|>assistant
     [RET]
 
-Attention is causal, so `[RET]` must come last to see everything. The one-word question makes the model
-prepare, at that position, the distribution over words that would sum the item up: a text-like state
-whatever the modality, which is why images and texts can be compared at all.
+Attention is causal, so `[RET]` must come last to see everything. The one-word question makes the
+model prepare there the distribution over the words that would sum the item up: a text-like state,
+whatever the modality. That is why images and texts can be compared at all.
 
-`PUMA` holds the transformers model without its LM head. The vision tower and the embedding table are
-frozen, as in the paper; only the `[RET]` row is trained (the official code leaves it frozen too).
-Shapes: B items, L tokens, D width, V visual tokens of the whole batch.
+`PUMA` holds the transformers model without its LM head. Vision tower and embedding table are
+frozen, as in the paper; the `[RET]` row is trained (the official code freezes it, too).
+Shapes: B items, L tokens, D width, V visual tokens and P patches of the whole batch.
 """
 
 import contextlib
@@ -30,78 +30,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageSequence
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging
 
+from items import as_item, image_size, load_image, load_video
+
 RET = "[RET]"
 PROMPT = "\nSummarize above {} in one word: "
 
 
-def as_item(item):
-    """A string, PIL image, path or dictionary -> {"text", "image", "video", "instruction"}.
-
-    A string is a text; a `pathlib.Path` is an image file. Raises ValueError on anything else, on
-    unknown keys and on an item without content.
-    """
-    if isinstance(item, str):
-        item = {"text": item}
-    elif isinstance(item, Image.Image | Path):
-        item = {"image": item}
-    elif not isinstance(item, dict):
-        raise ValueError(f"an item is a str, PIL image, Path or dict, got {type(item).__name__}")
-    unknown = set(item) - {"text", "image", "video", "instruction"}
-    if unknown:
-        raise ValueError(
-            f"unknown keys {sorted(unknown)} in item; known: text image video instruction"
-        )
-    if not any(item.get(key) for key in ("text", "image", "video")):
-        raise ValueError(f"empty item {item!r}: it needs a text, an image or a video")
-    if item.get("image") and item.get("video"):
-        raise ValueError("an item has an image or a video, not both")
-    return item
-
-
-def load_image(image):
-    """A path or PIL image -> RGB image, upright. Raises ValueError that names an unreadable file."""
-    try:
-        if not isinstance(image, Image.Image):
-            image = Image.open(image)
-            # Pillow itself only warns up to twice its limit; a bomb of 170 megapixels is refused here.
-            if Image.MAX_IMAGE_PIXELS and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels are too many")
-        image = ImageOps.exif_transpose(image)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")  # transparent pixels become white, not black
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        name = getattr(image, "filename", None) or image
-        raise ValueError(f"cannot read image {name}: {error}") from error
-
-
-def load_video(video):
-    """A list of frames, or an animated GIF, WebP or PNG file -> list of an even number of RGB images.
-
-    Other containers need a decoder, which this project does without: pass the frames.
-    """
-    if isinstance(video, list | tuple):
-        frames = list(video)
-    else:
-        try:
-            with Image.open(video) as file:
-                frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ValueError(
-                f"cannot read video {video}: {error}; pass a list of frames"
-            ) from error
-    return frames + frames[-1:] * (len(frames) % 2)  # Qwen2-VL merges frames in pairs
-
-
 class PUMA(nn.Module):
-    """A (pruned) Qwen2-VL that embeds items: see the module's docstring.
+    """A (pruned) Qwen2-VL or Qwen2.5-VL that embeds items: see the module's docstring.
 
     `backbone` is the transformers model without LM head (`.visual`, `.language_model`),
     `ret_embedding` (D,) the trained input embedding of `[RET]`. Build it with `from_pretrained`.
@@ -111,71 +52,54 @@ class PUMA(nn.Module):
         super().__init__()
         if RET not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {RET} token; PUMA.from_pretrained adds it")
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.image_processor = image_processor
+        self.backbone, self.tokenizer, self.image_processor = backbone, tokenizer, image_processor
         self.max_text_tokens = max_text_tokens
         self.ret_id = tokenizer.convert_tokens_to_ids(RET)
-        table = backbone.get_input_embeddings().weight
+        table = backbone.get_input_embeddings().weight.requires_grad_(False)
         self.ret_embedding = nn.Parameter(table[self.ret_id].detach().clone())
-        table.requires_grad_(False)
         backbone.visual.requires_grad_(False)
 
         # The chat template is rendered once; what stands before and after the item never changes.
         turn = [{"role": "user", "content": "<item>"}]
         rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, after = rendered.split("<item>")
-        self.before_ids = self.tokenize([before], special=True)[0]
-        self.after_ids = self.tokenize([after], special=True)[0]
-        self.prompt_ids = {
-            kind: self.tokenize([PROMPT.format(kind)])[0]
-            for kind in ("image", "video", "sentence", "image and sentence", "video and sentence")
-        }
-        self._positions = {}  # (tokens before, grid, is video) -> M-RoPE positions
+        self.before_ids, self.after_ids = self.tokenize(rendered.split("<item>"), special=True)
+        kinds = ("image", "video", "sentence", "image and sentence", "video and sentence")
+        self.prompt_ids = dict(zip(kinds, self.tokenize([PROMPT.format(kind) for kind in kinds])))
+        self._positions = {}  # (grid, is video) -> M-RoPE positions up to the end of the visual
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path,
-        keep_layers=None,
-        *,
-        max_visual_tokens=300,
-        max_text_tokens=450,
-        dtype=None,
-        device="cpu",
-    ):
+    def from_pretrained(cls, name_or_path, keep_layers=None, *, max_visual_tokens=300,
+                        max_text_tokens=450, dtype=None, device="cpu"):
         """Load a checkpoint folder or hub id, only its first `keep_layers` decoder layers.
 
-        The dropped layers are never read into memory. `max_visual_tokens` caps the image size of the
+        Dropped layers are never read into memory. `max_visual_tokens` caps the image size of the
         checkpoint's image processor (a token is 28 x 28 pixels; paper: 4 to 300), `max_text_tokens`
         cuts instruction + text (paper: 450). `dtype`: float32 on a CPU, bfloat16 on a GPU.
         Raises ValueError if `keep_layers` is out of range or the folder is not a complete model.
         """
         _check_folder(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise ValueError(f"{name_or_path} is a {config.model_type}, not Qwen2-VL or Qwen2.5-VL")
         text_config = config.get_text_config()
-        if not hasattr(config, "vision_config"):
-            raise ValueError(f"{name_or_path} ({config.model_type}) has no vision tower")
         depth = text_config.num_hidden_layers
         if keep_layers is not None and not 1 <= keep_layers <= depth:
             raise ValueError(f"keep_layers must be in 1..{depth}, got {keep_layers}")
         text_config.num_hidden_layers = keep_layers or depth
-        text_config.layer_types = text_config.layer_types[: text_config.num_hidden_layers]
+        text_config.layer_types = text_config.layer_types[:keep_layers]
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         with _quiet():  # transformers would list every weight of a dropped layer as unexpected
             backbone = AutoModel.from_pretrained(name_or_path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path)
-        limit = max_visual_tokens * (image_processor.patch_size * image_processor.merge_size) ** 2
-        size = image_processor.size
-        image_processor.size = {
-            edge: min(size[edge], limit) for edge in ("shortest_edge", "longest_edge")
-        }
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+        pixels = max_visual_tokens * (processor.patch_size * processor.merge_size) ** 2
+        edges = ("shortest_edge", "longest_edge")  # names of the least and most pixels, oddly
+        processor.size = {edge: min(processor.size[edge], pixels) for edge in edges}
         _add_ret_token(tokenizer, backbone)
-        return cls(backbone, tokenizer, image_processor, max_text_tokens).to(device)
+        return cls(backbone, tokenizer, processor, max_text_tokens).to(device)
 
     def save_pretrained(self, folder):
-        """Write an ordinary transformers checkpoint, which the stock classes load without this file.
+        """Write an ordinary transformers checkpoint; the stock classes load it without this file.
 
         Holds weights (safetensors), config with the true number of layers, tokenizer with `[RET]`,
         image processor and a model card. Written beside `folder` and renamed, so that a killed save
@@ -183,221 +107,216 @@ class PUMA(nn.Module):
         """
         folder = Path(folder)
         temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+        old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
         with torch.no_grad():  # the trained row goes back into the table
             self.backbone.get_input_embeddings().weight[self.ret_id] = self.ret_embedding
         try:
-            self.backbone.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-            self.image_processor.save_pretrained(temporary)
-            (temporary / "README.md").write_text(self._model_card(), encoding="utf-8")
+            for part in (self.backbone, self.tokenizer, self.image_processor):
+                part.save_pretrained(temporary)
+            (temporary / "README.md").write_text(self._card(), encoding="utf-8")
             if folder.exists():
-                folder.rename(temporary.with_suffix(".old"))
+                folder.rename(old)
             temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(temporary.with_suffix(".old"), ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
 
-    def _model_card(self):
+    def _card(self):
         layers = self.backbone.config.get_text_config().num_hidden_layers
-        parameters = sum(p.numel() for p in self.backbone.parameters())
         return (
-            f"# PUMA retrieval model\n\n{self.backbone.config.model_type}, {layers} decoder layers, "
-            f"{parameters:,} parameters. The embedding of an item is the last hidden state at "
-            f"`{RET}`, the last token of:\n\n```\n[image] instruction and text\n"
-            "Summarize above image and sentence in one word: \n```\n\nin the chat template, "
-            f"followed by `{RET}`, normalised. Method: PUMA, arXiv 2507.08064.\n"
+            f"# PUMA retrieval model\n\n{layers} decoder layers, {self.backbone.num_parameters():,} "
+            "parameters. An item's embedding is the normalised last hidden state at `[RET]` after\n\n"
+            "    [image] [instruction, text]\n    Summarize above image and sentence in one word: "
+            "\n\nin the chat template. Method: PUMA, arXiv 2507.08064.\n"
         )
 
     @property
     def device(self):
         return self.ret_embedding.device
 
-    # ---- items -> batch ------------------------------------------------------------------------
+    # ---- items -> batch --------------------------------------------------------------------------
 
     def tokenize(self, texts, special=False):
-        """Token ids of each text. Text from users never turns into special tokens: `[RET]` in a
-        caption stays five characters, so nobody can move the embedding position."""
-        return self.tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=not special, return_attention_mask=False
-        )["input_ids"]  # fmt: skip
+        """Token ids of each text. A user's text never turns into special tokens: a `[RET]` in a
+        caption stays five characters, so that nobody can move the embedding's position."""
+        options = {"add_special_tokens": False, "split_special_tokens": not special}
+        return self.tokenizer(texts, **options)["input_ids"]
 
     def patches(self, visuals):
-        """Lists of frames (one frame, an image or its path: a still) -> patches (P, 3 * 2 * 14 * 14)
-        and their grids.
+        """Lists of frames (one frame: a still) -> patches (P, 3 * 2 * 14 * 14), grids (visuals, 3).
 
-        A grid (T, H, W) counts patches; 2 x 2 of them become one visual token. The image processor
-        repeats a still to fill the two-frame patch; a video takes its second half from the next frame.
+        A grid (T, H, W) counts patches; 2 x 2 of them become one visual token. A patch spans two
+        frames: the image processor repeats a still, a video puts its next frame there.
         """
-        pixels, grids = [], []
         stills = [load_image(frame) for frames in visuals for frame in frames]
         out = self.image_processor(images=stills, return_tensors="pt")
-        sizes = out["image_grid_thw"].prod(-1).tolist()
-        frames_patches = iter(zip(out["pixel_values"].split(sizes), out["image_grid_thw"].tolist()))
+        grids = out["image_grid_thw"]
+        parts = iter(out["pixel_values"].split(grids.prod(-1).tolist()))
+        sizes = iter(grids.tolist())
+        pixels, grids = [], []
         for frames in visuals:
-            if len(frames) == 1:
-                patch, grid = next(frames_patches)
-                pixels.append(patch)
-                grids.append(grid)
-                continue
-            parts = [next(frames_patches) for _ in frames]
-            for (first, _), (second, _) in zip(parts[::2], parts[1::2]):
-                pair = first.view(len(first), 3, 2, -1).clone()  # colour, frame of the pair, pixels
-                pair[:, :, 1] = second.view(len(second), 3, 2, -1)[:, :, 1]
-                pixels.append(pair.flatten(1))
-            grids.append([len(frames) // 2, *parts[0][1][1:]])
+            _, height, width = [next(sizes) for _ in frames][0]
+            own = [next(parts) for _ in frames]
+            for first, second in zip(own[::2], own[1::2]):
+                half = first[0].numel() // 6  # a row is (colour, frame of the pair, pixel)
+                first.view(-1, 3, 2, half)[:, :, 1] = second.view(-1, 3, 2, half)[:, :, 1]
+            pixels += own[::2]
+            grids.append([len(own[::2]), height, width])
         return torch.cat(pixels), torch.tensor(grids)
 
-    def summary_tail(self, item):
-        """Token ids that end an item's row: alignment prompt, end of the user's turn, `[RET]`."""
-        sentence = "sentence" if item.get("text") or item.get("instruction") else None
-        visual = "image" if item.get("image") else "video" if item.get("video") else None
-        asked = " and ".join(filter(None, (visual, sentence)))
-        return [*self.prompt_ids[asked], *self.after_ids, self.ret_id]
-
     def collate(self, items, tails=None):
-        """Items -> batch on the CPU: `input_ids`, `attention_mask` (B, L), `position_ids` (3, B, L),
-        and where there are visuals `pixel_values` (P, 1176) and `grid_thw` (visuals, 3).
+        """Items -> batch on the CPU: `input_ids`, `attention_mask` (B, L), `position_ids` (3, B, L)
+        and, where there are visuals, `pixel_values` (P, 1176) and `grid_thw` (visuals, 3).
 
         Padding is on the left, so that `[RET]` is the last column of every row. `tails` (for
-        pre-training) replaces the alignment prompt, the template's end and `[RET]` by own token ids.
+        pre-training) replaces alignment prompt, template end and `[RET]` by other token ids.
         """
         items = [as_item(item) for item in items]
         texts = ["\n".join(filter(None, (i.get("instruction"), i.get("text")))) for i in items]
-        text_ids = self.tokenize(texts)
-        visuals = [
-            [i["image"]] if i.get("image") else load_video(i["video"])
-            for i in items if i.get("image") or i.get("video")
-        ]  # fmt: skip
+        kinds = ["image" if i.get("image") else "video" if i.get("video") else None for i in items]
+        visuals = [[item["image"]] if kind == "image" else load_video(item["video"])
+                   for item, kind in zip(items, kinds) if kind]
         batch = {}
         if visuals:
             batch["pixel_values"], batch["grid_thw"] = self.patches(visuals)
-        grids = iter(batch["grid_thw"].tolist() if visuals else [])
+        grids = iter(batch["grid_thw"].tolist() if visuals else ())
+        tails = tails or [self.summary_tail(item) for item in items]
         config = self.backbone.config
         rows, positions = [], []
-        for index, item in enumerate(items):
-            kind = "image" if item.get("image") else "video" if item.get("video") else None
-            ids = list(self.before_ids)
-            grid = None
+        for kind, text_ids, tail in zip(kinds, self.tokenize(texts), tails):
+            grid = tuple(next(grids)) if kind else None
+            visual = []
             if kind:
-                grid = tuple(next(grids))
                 pad = config.image_token_id if kind == "image" else config.video_token_id
-                count = grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
-                ids += [config.vision_start_token_id] + [pad] * count + [config.vision_end_token_id]
-            ids += text_ids[index][: self.max_text_tokens]
-            ids += self.summary_tail(item) if tails is None else tails[index]
-            rows.append(ids)
-            positions.append(self._position_ids(len(ids), grid, kind == "video"))
-        length = max(map(len, rows))
+                pads = [pad] * self._visual_length(grid)
+                visual = [config.vision_start_token_id, *pads, config.vision_end_token_id]
+            rows.append([*self.before_ids, *visual, *text_ids[: self.max_text_tokens], *tail])
+            positions.append(self._position_ids(len(rows[-1]), grid, kind == "video"))
+        width = max(map(len, rows))
         pad = [self.tokenizer.pad_token_id or 0]
-        batch["input_ids"] = torch.tensor([pad * (length - len(r)) + r for r in rows])
-        batch["attention_mask"] = torch.tensor(
-            [[0] * (length - len(r)) + [1] * len(r) for r in rows]
-        )
-        batch["position_ids"] = torch.stack(
-            [F.pad(p, (length - p.shape[1], 0)) for p in positions], dim=1
-        )  # fmt: skip
-        return batch
+        batch["input_ids"] = torch.tensor([pad * (width - len(row)) + row for row in rows])
+        masks = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+        batch["attention_mask"] = torch.tensor(masks)
+        positions = [F.pad(row, (width - row.shape[1], 0)) for row in positions]
+        return batch | {"position_ids": torch.stack(positions, dim=1)}
+
+    def summary_tail(self, item):
+        """Token ids that end an item's row: alignment prompt, end of the user's turn, `[RET]`."""
+        visual = "image" if item.get("image") else "video" if item.get("video") else None
+        sentence = "sentence" if item.get("text") or item.get("instruction") else None
+        kind = " and ".join(filter(None, (visual, sentence)))
+        return [*self.prompt_ids[kind], *self.after_ids, self.ret_id]
+
+    def _visual_length(self, grid):
+        return grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
 
     def _position_ids(self, length, grid, video):
-        """M-RoPE positions (3, L) of one row: the stock ones (the official code uses 1-D positions).
+        """M-RoPE positions (3, L) of one row: the stock ones (official code: 1-D positions).
 
-        The model's own routine loops over tokens, so it is asked once for each image size, for the
-        tokens up to the first one after the image; from there all three axes count on together.
+        The model's own routine loops over tokens, so it is asked once for each image size, up to
+        the first token after the image; from there all three axes count on together.
         """
         if grid is None:
             return torch.arange(length).expand(3, length)
-        before = len(self.before_ids) + 1  # + <|vision_start|>
-        key = (grid, video)
-        if key not in self._positions:
-            visual = grid[0] * grid[1] * grid[2] // self.image_processor.merge_size**2
-            types = torch.tensor([[0] * before + [2 if video else 1] * visual + [0]])
+        if (grid, video) not in self._positions:
+            before = len(self.before_ids) + 1  # + <|vision_start|>
+            types = torch.tensor([[0] * before + [1 + video] * self._visual_length(grid) + [0]])
             sizes = {"video_grid_thw" if video else "image_grid_thw": torch.tensor([grid])}
-            ids = torch.zeros_like(types)
-            self._positions[key] = self.backbone.get_rope_index(ids, types, **sizes)[0][:, 0]
-        head = self._positions[key]
-        return torch.cat([head, head[:, -1:] + torch.arange(1, length - head.shape[1] + 1)], dim=1)
+            positions, _ = self.backbone.get_rope_index(torch.zeros_like(types), types, **sizes)
+            self._positions[grid, video] = positions[:, 0]
+        head = self._positions[grid, video]
+        rest = torch.arange(1, length - head.shape[1] + 1)
+        return torch.cat([head, head[:, -1:] + rest], dim=1)
 
-    # ---- batch -> embeddings -------------------------------------------------------------------
+    def length(self, item):
+        """Roughly how many tokens an item takes: four characters each, and those of its image."""
+        item = as_item(item)
+        tokens = len(item.get("text") or "") / 4 + len(item.get("instruction") or "") / 4
+        if item.get("image"):
+            width, height = image_size(item["image"])
+            patches = self.image_processor.get_number_of_image_patches(height, width)
+            tokens += patches / self.image_processor.merge_size**2
+        return tokens + 10_000 * bool(item.get("video"))
 
+    # ---- batch -> embeddings ---------------------------------------------------------------------
+
+    @torch.no_grad()
     def visual_tokens(self, batch):
         """The frozen tower's output (V, D) for all visuals of a batch, or None; no gradient.
 
-        Compute it once and pass it to teacher and student: they share the tower.
+        Compute it once and pass it to teacher and student, which share the tower.
         """
         if "pixel_values" not in batch:
             return None
-        with torch.no_grad():
-            visual = self.backbone.visual
-            pixels = batch["pixel_values"].to(visual.dtype)
-            return visual(pixels, grid_thw=batch["grid_thw"]).pooler_output
+        pixels = batch["pixel_values"].to(self.backbone.visual.dtype)
+        return self.backbone.visual(pixels, grid_thw=batch["grid_thw"]).pooler_output
 
-    def inputs_embeds(self, batch, visual=None):
-        """Token embeddings (B, L, D) with visual tokens and the trained `[RET]` row put in."""
-        ids = batch["input_ids"]
+    def forward(self, batch, visual=None):
+        """A batch of `collate`, on this device -> (B, D) un-normalised, normed `[RET]` states.
+
+        `visual`: the batch's `visual_tokens`, where they are known already. Raises ValueError if a
+        row does not end in `[RET]` (official code: position 0 is read silently).
+        """
+        ids, config = batch["input_ids"], self.backbone.config
+        if not (ids[:, -1] == self.ret_id).all():
+            raise ValueError(f"every row must end in {RET}: pad on the left, never cut the end")
         embeds = self.backbone.get_input_embeddings()(ids)
         visual = self.visual_tokens(batch) if visual is None else visual
         if visual is not None:
-            config = self.backbone.config
             slots = (ids == config.image_token_id) | (ids == config.video_token_id)
             embeds = embeds.masked_scatter(slots[..., None], visual.to(embeds.dtype))
-        return torch.where(
-            (ids == self.ret_id)[..., None], self.ret_embedding.to(embeds.dtype), embeds
-        )
-
-    def forward(self, batch, visual=None):
-        """batch of `collate` on this device -> (B, D) un-normalised `[RET]` states, final norm applied.
-
-        Raises ValueError if a row does not end in `[RET]` (official code: reads position 0 silently).
-        """
-        if not bool((batch["input_ids"][:, -1] == self.ret_id).all()):
-            raise ValueError(f"every row must end in {RET}: pad on the left, and never cut the end")
-        hidden = self.backbone.language_model(
-            inputs_embeds=self.inputs_embeds(batch, visual),
-            attention_mask=batch["attention_mask"],
-            position_ids=batch["position_ids"],
-            use_cache=False,
-        ).last_hidden_state
+        ret = (ids == self.ret_id)[..., None]
+        embeds = torch.where(ret, self.ret_embedding.to(embeds.dtype), embeds)  # (B, L, D)
+        decoder = self.backbone.language_model
+        with _last_token_only(decoder.layers[-1]):
+            hidden = decoder(
+                inputs_embeds=embeds, attention_mask=batch["attention_mask"],
+                position_ids=batch["position_ids"], use_cache=False,
+            ).last_hidden_state
         return hidden[:, -1]
-
-    def length(self, item):
-        """Roughly how many tokens an item takes, without tokenising it: four characters each."""
-        item = as_item(item)
-        characters = len(item.get("text") or "") + len(item.get("instruction") or "")
-        if not item.get("image"):
-            return characters / 4 + 10_000 * bool(item.get("video"))
-        image = item["image"]
-        if isinstance(image, Image.Image):
-            width, height = image.size
-        else:
-            with contextlib.suppress(OSError, SyntaxError), Image.open(image) as file:
-                image = file  # only the header is read; a broken file is named when it is loaded
-            width, height = getattr(image, "size", (1, 1))
-        patches = self.image_processor.get_number_of_image_patches(height, width)
-        return characters / 4 + patches / self.image_processor.merge_size**2
 
     @torch.inference_mode()
     def encode(self, items, batch_size=64, normalize=True, show_progress=True, forward=None):
         """Items (str, PIL image, Path or dict, mixed) -> (N, D) float32 embeddings on the CPU.
 
         Items are sorted by length, so that no batch is mostly padding, and returned in input order.
-        `forward` replaces the model as the function of a batch; if it returns (..., B, D), for example
-        the states of several depths, so does this. Raises ValueError on an unreadable image or an
-        empty item.
+        `forward` replaces the model as the function of a batch; if it returns (..., B, D), for
+        example the states of several depths, so does this. Raises ValueError on a bad item.
         """
         items = list(items)
         order = sorted(range(len(items)), key=lambda i: self.length(items[i]), reverse=True)
         training = self.training
         self.eval()
-        parts = [torch.empty(0, self.backbone.config.get_text_config().hidden_size)][: not items]
+        width = self.backbone.config.get_text_config().hidden_size
+        parts = [torch.empty(0, width)] if not items else []
         starts = range(0, len(items), batch_size)
-        for start in tqdm(
-            starts, desc="encode", unit="batch", disable=not show_progress, leave=False
-        ):
+        for start in tqdm(starts, desc="encode", disable=not show_progress, leave=False):
             batch = self.collate([items[i] for i in order[start : start + batch_size]])
             parts.append((forward or self)(to_device(batch, self.device)).float().cpu())
         self.train(training)
         out = torch.cat(parts, dim=-2)[..., torch.tensor(order, dtype=torch.long).argsort(), :]
         return F.normalize(out, dim=-1) if normalize else out
+
+
+@contextlib.contextmanager
+def _last_token_only(layer):
+    """Inside, a decoder layer computes output projection and MLP for the last position alone.
+
+    Only `[RET]` is read after the last layer, and it needs the others' keys and values but not
+    their outputs. Its residual additions broadcast the one position over all: right at the last
+    position, meaningless elsewhere. Saves most of one layer in k, in training and encoding.
+    """
+
+    def cut(_module, inputs):
+        return (inputs[0][:, -1:],)
+
+    parts = (layer.self_attn.o_proj, layer.post_attention_layernorm)
+    handles = [part.register_forward_pre_hook(cut) for part in parts]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def to_device(batch, device):
@@ -409,26 +328,21 @@ def _check_folder(name_or_path):
     folder = Path(name_or_path)
     if not folder.exists() and (folder.is_absolute() or str(name_or_path).count("/") != 1):
         raise ValueError(f"model folder {name_or_path} does not exist")
-    if folder.exists():
-        parts = {"config.json": "configuration", "tokenizer.json": "tokenizer",
-                 "preprocessor_config.json": "image processor"}  # fmt: skip
-        for file, part in parts.items():
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder} has no {part}: expected the file {folder / file}")
+    for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
+        if folder.exists() and not (folder / file).is_file():
+            raise ValueError(f"{folder} is not a complete model folder: expected {folder / file}")
 
 
 def _add_ret_token(tokenizer, backbone):
-    """`[RET]` takes a spare row of the embedding table, or a new one, and starts as the mean row."""
+    """`[RET]` takes a spare row of the embedding table, or a new one; it starts as the mean row."""
     if RET in tokenizer.get_vocab():
         return
-    table = backbone.get_input_embeddings().weight
-    mean = table[: len(tokenizer)].float().mean(0)
+    mean = backbone.get_input_embeddings().weight[: len(tokenizer)].float().mean(0)
     tokenizer.add_special_tokens({"additional_special_tokens": [RET]})
-    if len(tokenizer) > table.shape[0]:
+    if len(tokenizer) > backbone.get_input_embeddings().num_embeddings:
         backbone.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        row = tokenizer.convert_tokens_to_ids(RET)
-        backbone.get_input_embeddings().weight[row] = mean.to(table.dtype)
+        backbone.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(RET)] = mean
 
 
 @contextlib.contextmanager

@@ -336,7 +336,7 @@ def measure(folder, data):
 
     embedded = Embedded(benchmark, cells, "test", lambda items: puma.encode(items, forward=read_out))
     for layers in range(depth, 0, -1):
-        result = score(embedded, cells, depth=layers)
+        result = score(cells, embedded.rank(cells, depth=layers))
         for split, average in (("seen", "average"), ("zero-shot", "average_zero")):
             for pool in ("local", "global"):
                 key = f"hit rate @5 read after layer {layers}, {split}, {pool} pools"
