@@ -190,10 +190,10 @@ def table(columns):
             local, union = (f"{100 * entry[which]['hit_rate@5']:.1f}" if which in entry else "-"
                             for which in ("local", "global"))
             lines[-1] += f"{local:>11}{union:>9}"
-    for name, key, form in (("parameters", "parameters", ","), ("GFLOP an item", "gflops_per_item", ".3f"),
-                            ("items a second", "items_per_s", ",.0f")):
-        lines.append(f"{name:<24}")
-        lines[-1] += "".join(f"{results['efficiency'][key]:>20{form}}" for results in columns.values())
+    costs = {"parameters": ",", "gflops_per_item": ".4f", "items_per_s": ",.0f"}
+    for key, form in costs.items():
+        values = [results["efficiency"][key] for results in columns.values()]
+        lines.append(f"{key:<24}" + "".join(f"{value:>20{form}}" for value in values))
     return "\n".join(lines)
 
 
@@ -222,25 +222,25 @@ def write_trec(folder, cells, rankings):
 
 
 def gallery_rows(embedded, cells, rankings):
-    """Each cell's first query with the best of the widest pool; without the zero-shot cells."""
+    """Each cell's first query with the best of its local pool; without the zero-shot cells."""
     rows = []
     for cell in [c for c in cells if not c.name.startswith("zero_")] or cells:
-        which = "global" if (cell.name, "global") in rankings else "local"
-        scores, ranked = rankings[cell.name, which]
+        scores, ranked = rankings[cell.name, "local"]
         found = [(value, embedded.candidate(key), key in cell.relevant[0])
                  for value, key in zip(scores[0], ranked[0])]
         rows.append((f"{cell.name}: query", cell.items[0], found))
     return rows
 
 
-def evaluate(model, data, split="test", out=None, batch_size=64, limit=None, popularity_penalty=0.0):
+def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
+             popularity_penalty=0.0):
     """Evaluate on all cells of a split, print the table, write all to folder `out`; -> results."""
     benchmark = Benchmark(data)
     cells = split_cells(benchmark, split, limit)
     embedded = Embedded(benchmark, cells, split, lambda items: model.encode(items, batch_size))
     rankings = embedded.rank(cells, popularity_penalty=popularity_penalty)
     results = score(cells, rankings)
-    sample = [item for cell in cells for item in cell.items[:48]]
+    sample = [item for cell in cells for item in cell.items[:24]]
     results["efficiency"] = efficiency(model, sample, batch_size)
     results["settings"] = {"data": str(data), "split": split, "limit": limit,
                            "popularity_penalty": popularity_penalty}
@@ -261,7 +261,7 @@ def show(model, data, query, out, batch_size=64, k=10):
     benchmark = Benchmark(data)
     path = benchmark.global_pool_path("test")
     if path is None:
-        raise ValueError(f"{data}: expected a pool cand_pool/global/mbeir_union_test_cand_pool.jsonl")
+        raise ValueError(f"{data}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
     pool = benchmark.pool(path)
     vector = model.encode([query], show_progress=False)  # first, as a bad image should fail at once
     vectors = model.encode([pool[i] for i in range(len(pool))], batch_size)

@@ -1,11 +1,11 @@
 """MAC-Loss: contrastive learning whose temperature depends on the negative's modality.
 
-Section "Modality-Adaptive Contrastive Learning" of PUMA (arXiv 2507.08064). This file needs torch and
-nothing else: copy it into your own training code.
+Section "Modality-Adaptive Contrastive Learning" of PUMA (arXiv 2507.08064). This file needs torch
+and nothing else: copy it into your own training code.
 
-    L_i    = -log  exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij)        s_ij = cos(query_i, target_j)
-    tau_ij = tau_hard(t)  if modality(j) == modality(p)  else  tau      p = the positive of query i
-    tau_hard(t) = tau * exp(-lambda * min(1, 2t))                       t = training progress in [0, 1]
+    L_i    = -log  exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij)      s_ij = cos(query_i, target_j)
+    tau_ij = tau_hard(t)  if modality(j) == modality(p)  else  tau    p = the positive of query i
+    tau_hard(t) = tau * exp(-lambda * min(1, 2t))                     t = training progress, 0..1
 
 A negative of the positive's own modality (*intra-modality*) cannot be rejected by looking at the
 modality, so it is hard; any other one (*inter-modality*) is easy. The derivative of the loss by a
@@ -28,9 +28,9 @@ def hard_temperature(temperature, progress, decay=0.5, round_digits=None):
     """tau_hard at a given training progress (method: Section 3; paper: tau = 0.03, lambda = 0.5).
 
     Starts at `temperature` (plain InfoNCE), falls over the first half of training to
-    `temperature * exp(-decay)` and stays there. `progress` in [0, 1] is steps done / all steps (official
-    code: epochs, and rounded to three digits, 13 distinct values: `round_digits=3` reproduces that).
-    Raises ValueError if an argument is out of range.
+    `temperature * exp(-decay)` and stays there. `progress` in [0, 1] is steps done / all steps
+    (official code: epochs, and rounded to three digits, 13 distinct values: `round_digits=3`
+    reproduces that). Raises ValueError if an argument is out of range.
     """
     if temperature <= 0 or decay < 0:
         raise ValueError(f"need temperature > 0 and decay >= 0, got {temperature} and {decay}")
@@ -41,33 +41,31 @@ def hard_temperature(temperature, progress, decay=0.5, round_digits=None):
 
 
 def mac_loss(query, target, modality, temperature, hard_temperature, *, positive=None,
-             duplicate=None, positive_temperature="hard", reduction="mean"):  # fmt: skip
+             duplicate=None, positive_temperature="hard", reduction="mean"):
     """Contrastive loss with one temperature per kind of negative; see the module's docstring.
 
-    query (B, D), target (N, D): embeddings of any scale, normalised here. Half precision is computed in
-    float32, under autocast too; float64 stays. Differentiable in both.
+    query (B, D), target (N, D): embeddings of any scale, normalised here. Half precision is
+    computed in float32, under autocast too; float64 stays. Differentiable in both.
     modality (N,) integers: the modality of each target; only equality counts.
     temperature, hard_temperature: tau and tau_hard, floats > 0. If equal, this is InfoNCE.
     positive (B,) integers: the column of each query's target; default 0..B-1. More columns than
     queries are extra negatives, or the targets of other ranks.
     duplicate (B, N) bool: columns to leave out, because they are right for that query as well; a
     query's own positive always counts. (Official code: none are left out.)
-    positive_temperature: "hard" as in the official code, where the positive, having its own modality,
-    gets tau_hard; "base" for the other reading of the formula, which gives it tau.
+    positive_temperature: "hard" as in the official code, where the positive, having its own
+    modality, gets tau_hard; "base" for the other reading of the formula, which gives it tau.
     reduction: "mean", "sum" or "none" (one loss a query, (B,)).
     Returns the loss in nats. Raises ValueError that names the offending shape or value.
     """
     positive = _check(query, target, modality, temperature, hard_temperature, positive, duplicate)
     if positive_temperature not in ("hard", "base"):
-        raise ValueError(
-            f"positive_temperature must be 'hard' or 'base', got {positive_temperature!r}"
-        )
+        got = repr(positive_temperature)
+        raise ValueError(f"positive_temperature must be 'hard' or 'base', got {got}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
 
-    with torch.autocast(
-        query.device.type, enabled=False
-    ):  # bfloat16 has 3 digits, logits reach 1/tau
+    # No autocast: bfloat16 has 3 digits, and logits reach 1 / tau.
+    with torch.autocast(query.device.type, enabled=False):
         dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         query = F.normalize(query.to(dtype), dim=-1)
         target = F.normalize(target.to(dtype), dim=-1)
@@ -112,9 +110,8 @@ def _check(query, target, modality, temperature, hard_temperature, positive, dup
     if rows and not (0 <= int(positive.min()) and int(positive.max()) < columns):
         got = f"{int(positive.min())}..{int(positive.max())}"
         raise ValueError(f"positive must be in 0..{columns - 1}, got {got}")
-    if duplicate is not None and (
-        duplicate.shape != (rows, columns) or duplicate.dtype != torch.bool
-    ):
+    fitting = (rows, columns), torch.bool
+    if duplicate is not None and (duplicate.shape, duplicate.dtype) != fitting:
         got = f"{tuple(duplicate.shape)} {duplicate.dtype}"
         raise ValueError(f"duplicate must be ({rows}, {columns}) bool, got {got}")
     return positive
@@ -131,7 +128,7 @@ def main():
         (gradient,) = torch.autograd.grad(loss, target)
         mass = gradient[2:].norm(dim=1)  # the two targets that are nobody's positive
         print(f"progress {progress:.2f}  tau_hard {tau_hard:.3f}  loss {loss:.3f}  "
-              f"gradient on the intra-modality negative {mass[0] / mass.sum():.0%}")  # fmt: skip
+              f"gradient on the intra-modality negative {mass[0] / mass.sum():.0%}")
 
 
 if __name__ == "__main__":

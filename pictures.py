@@ -44,7 +44,8 @@ def draw_gallery(path, rows, columns=5):
     for line, (heading, query, found) in zip(axes, rows):
         _draw_item(line[0], query, heading, "tab:blue", width=1.5)
         for axis, (score, item, right) in zip(line[1:], found):
-            _draw_item(axis, item, f"{score:.3f}", "tab:green" if right else "0.8", 4 if right else 1)
+            colour, width = ("tab:green", 4) if right else ("0.8", 1)
+            _draw_item(axis, item, f"{score:.3f}", colour, width)
         for axis in line[1 + len(found) :]:
             axis.axis("off")
     figure.tight_layout()

@@ -1,16 +1,18 @@
 """Layer-pruned self-distillation: cut a decoder's upper layers, let them teach the lower ones.
 
-Section "Layer-Pruned Self-Distillation" of PUMA (arXiv 2507.08064). Works on any transformers language
-or vision-language model whose decoder is a list `.layers` followed by `.norm` (Qwen2-VL, Qwen2.5-VL,
-Qwen2, Llama, ...) and on `puma.PUMA`; needs torch only, so it can be copied into your own code:
+Section "Layer-Pruned Self-Distillation" of PUMA (arXiv 2507.08064). Works on any transformers
+language or vision-language model whose decoder is a list `.layers` followed by `.norm` (Qwen2-VL,
+Qwen2.5-VL, Qwen3-VL, Qwen2, Llama, ...) and on `puma.PUMA`; needs torch only, so it can be copied
+into your own code:
 
     teacher = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
     student = prune_layers(copy.deepcopy(teacher), keep=12)
     loss = 0.9 * contrastive + 0.1 * distill_loss(student_state, teacher_state)      # stage 1
 
-Cutting after layer k and keeping the final norm gives exactly the full model's hidden state k, normed:
-nothing is approximated, the model is just read out early. What is lost is what layers k+1..L would
-have added, and the full model, frozen, still knows it: its last state is the regression target.
+Cutting after layer k and keeping the final norm gives exactly the full model's hidden state k,
+normed: nothing is approximated, the model is just read out early. What is lost is what layers
+k+1..L would have added, and the full model, frozen, still knows it: its last state is the
+regression target.
 
 Shapes: B items, D width, L layers of the full model.
 """
@@ -20,20 +22,17 @@ import contextlib
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def find_decoder(model):
-    """The submodule with a ModuleList `.layers` and a final `.norm`. ValueError if there is not one."""
-    found = [
-        module
-        for module in model.modules()
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "norm")
-    ]
+    """The submodule with a ModuleList `.layers` and a final `.norm`; ValueError if not just one."""
+    found = [module for module in model.modules() if hasattr(module, "norm")
+             and isinstance(getattr(module, "layers", None), nn.ModuleList)]
     if len(found) != 1:
-        raise ValueError(
-            f"{type(model).__name__} has {len(found)} decoders with .layers and .norm, not 1"
-        )
+        name = type(model).__name__
+        raise ValueError(f"{name} has {len(found)} decoders with .layers and .norm, not 1")
     return found[0]
 
 
@@ -41,10 +40,10 @@ def prune_layers(model, keep, keep_last=False):
     """Keep some decoder layers of `model`, in place, and return it. The rest is freed.
 
     keep: how many of the first layers, or a list of layer indices (0-based).
-    keep_last: the last of the kept layers is the model's last one (1..k-1 and L), which a comment of
-    the official code recommends for small k.
-    The config follows (`num_hidden_layers`, `layer_types`), and so do the layers' own indices, which
-    the key-value cache uses: the result saves and loads as an ordinary transformers model.
+    keep_last: the last of the kept layers is the model's last one (1..k-1 and L), which a comment
+    of the official code recommends for small k.
+    The config follows (`num_hidden_layers`, `layer_types`), and so do the layers' own indices,
+    which the key-value cache uses: the result saves and loads as an ordinary transformers model.
     With `keep=k`, the output equals the full model's hidden state k with the final norm applied.
     Raises ValueError if a layer does not exist or the architecture forbids dropping it.
     """
@@ -56,16 +55,11 @@ def prune_layers(model, keep, keep_last=False):
         indices = [*range(keep - 1), depth - 1 if keep_last else keep - 1]
     else:
         indices = list(keep)
-        if keep_last and indices[-1:] != [depth - 1]:
-            indices[-1:] = [depth - 1]
-        if (
-            not indices
-            or sorted(set(indices)) != indices
-            or not 0 <= indices[0] <= indices[-1] < depth
-        ):
-            raise ValueError(
-                f"keep must be rising layer indices in 0..{depth - 1}, got {list(keep)}"
-            )
+        rising = indices and sorted(set(indices)) == indices
+        if not rising or not 0 <= indices[0] <= indices[-1] < depth:
+            raise ValueError(f"keep must be rising layer indices in 0..{depth - 1}, got {indices}")
+        if keep_last:
+            indices[-1] = depth - 1
     _refuse_deepstack(model, indices)
 
     decoder.layers = nn.ModuleList(decoder.layers[index] for index in indices)
@@ -73,11 +67,8 @@ def prune_layers(model, keep, keep_last=False):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = new_index
-    configs = [
-        m.config.get_text_config()
-        for m in model.modules()
-        if decoder in m.modules() and hasattr(m, "config")
-    ]
+    configs = [module.config.get_text_config() for module in model.modules()
+               if hasattr(module, "config") and decoder in module.modules()]
     for config in {id(config): config for config in configs}.values():
         config.num_hidden_layers = len(indices)
         if getattr(config, "layer_types", None):
@@ -86,14 +77,13 @@ def prune_layers(model, keep, keep_last=False):
 
 
 def _refuse_deepstack(model, indices):
-    """Qwen3-VL adds visual features to the outputs of its first layers; those must stay in place."""
+    """Qwen3-VL adds visual features to its first layers' outputs; those must stay in place."""
     for module in model.modules():
         vision = getattr(getattr(module, "config", None), "vision_config", None)
         needed = len(getattr(vision, "deepstack_visual_indexes", None) or [])
         if indices[:needed] != list(range(needed)):
-            raise ValueError(
-                f"deepstack visual features enter the first {needed} layers: keep them all, got {indices}"
-            )
+            enter = f"deepstack visual features enter the first {needed} layers"
+            raise ValueError(f"{enter}: keep them all, got {indices}")
 
 
 def distill_loss(student_state, teacher_state):
@@ -112,9 +102,10 @@ def distill_loss(student_state, teacher_state):
 def layer_embeddings(model, batch):
     """The last position's state after every depth, final norm applied: (L + 1, B, D), float32.
 
-    Depth 0 is the token embedding itself. One forward pass: hooks keep one position a layer. `model`
-    is a `puma.PUMA`, called with `batch`, or a transformers model, called with `**batch`; either way
-    the batch must be padded on the left, so that the last column is every row's last token.
+    Depth 0 is the token embedding itself. One forward pass: hooks keep one position a layer.
+    `model` is a `puma.PUMA`, called with `batch`, or a transformers model, called with `**batch`;
+    either way the batch must be padded on the left, so that the last column is every row's last
+    token.
     """
     decoder = find_decoder(model)
     states = []
@@ -149,29 +140,32 @@ def _removing(handle):
 def depth_costs(model, batch):
     """For each depth 0..L: (parameters, floating-point operations of one forward pass of `batch`).
 
-    Operations are counted by torch on the real pass (a multiply-add is 2); a model cut at depth d saves
-    those of layers d+1..L. `model` and `batch` as in `layer_embeddings`.
+    Operations are counted by torch on the real pass (a multiply-add is 2). `puma.PUMA` computes
+    most of its last layer for the last position only, and a model cut at depth d does so in layer
+    d: it costs layers 1..d-1 and what the last layer costs here. `model` and `batch` as in
+    `layer_embeddings`.
     """
     decoder = find_decoder(model)
     rest = sum(p.numel() for p in model.parameters())
     rest -= sum(p.numel() for p in decoder.layers.parameters())
     name = next(name for name, module in model.named_modules() if module is decoder)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # Plain attention, because torch does not count the fused one of a CPU.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         layer_embeddings(model, batch)
     counts = counter.get_flop_counts()
     prefix = ".".join(filter(None, (type(model).__name__, name, "layers")))
     layers = [sum(counts[f"{prefix}.{i}"].values()) for i in range(len(decoder.layers))]
-    flops = sum(counts["Global"].values()) - sum(layers)
+    flops = sum(counts["Global"].values()) - sum(layers)  # vision tower, LM head
     costs = [(rest, flops)]
-    for layer, operations in zip(decoder.layers, layers):
-        parameters, flops = costs[-1]
-        costs.append((parameters + sum(p.numel() for p in layer.parameters()), flops + operations))
+    for depth, layer in enumerate(decoder.layers):
+        rest += sum(p.numel() for p in layer.parameters())
+        costs.append((rest, flops + sum(layers[:depth]) + layers[-1]))
     return costs
 
 
 @torch.inference_mode()
 def layer_report(model, queries, candidates, positives, k=5, batch_size=64):
-    """What each layer knows: read an untrained PUMA model out at every depth (Section 3 of the paper).
+    """What each layer knows: read an untrained PUMA model out at every depth (paper: Section 3).
 
     queries, candidates: items; positives: for each query the set of right candidate indices.
     Returns one dict a depth 0..L: `depth`, `hit_rate@k` of exact search, `cosine` (mean, of the
@@ -200,5 +194,5 @@ def layer_report(model, queries, candidates, positives, k=5, batch_size=64):
             "cosine": (both * last).sum(-1).mean().item(),
             "parameters": costs[depth][0],
             "flops": costs[depth][1] / len(sample),
-        })  # fmt: skip
+        })
     return report

@@ -123,12 +123,11 @@ class PUMA(nn.Module):
 
     def _card(self):
         layers = self.backbone.config.get_text_config().num_hidden_layers
-        return (
-            f"# PUMA retrieval model\n\n{layers} decoder layers, {self.backbone.num_parameters():,} "
-            "parameters. An item's embedding is the normalised last hidden state at `[RET]` after\n\n"
-            "    [image] [instruction, text]\n    Summarize above image and sentence in one word: "
-            "\n\nin the chat template. Method: PUMA, arXiv 2507.08064.\n"
-        )
+        return (f"# PUMA retrieval model\n\n{layers} decoder layers, "
+                f"{self.backbone.num_parameters():,} parameters. An item's embedding is the "
+                f"normalised last hidden state at `{RET}`, the last token of\n\n    [image] "
+                "[instruction, text]\n    Summarize above image and sentence in one word: \n\n"
+                "in the chat template. Method: PUMA, arXiv 2507.08064.\n")
 
     @property
     def device(self):

@@ -4,7 +4,6 @@
 final name and renamed when whole, so that neither a kill nor a full disk harms the one before.
 """
 
-import contextlib
 import json
 import shutil
 import signal
@@ -25,7 +24,7 @@ class Run:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.metrics = self.folder / "metrics.jsonl"
         self.peak = measure_peak(device)
-        self.flops = {}  # stage -> operations an item, counted in the first step of this process
+        self.flops = {}  # stage -> operations an item, counted once
         self.stopping = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
@@ -35,15 +34,16 @@ class Run:
             raise SystemExit(128 + number)
         self.stopping = True
 
-    @contextlib.contextmanager
-    def counting(self, stage, items):
-        """Has torch count the operations, forward and backward, of the first step of a stage."""
-        if stage in self.flops:
-            yield
-            return
-        with FlopCounterMode(display=False) as counter:
-            yield
-        self.flops[stage] = counter.get_total_flops() / items
+    def count(self, stage, items, step):
+        """Has torch count the operations of one more `step()`, forward and backward.
+
+        Once a stage, and beside the training: under the counter some kernels are replaced by others
+        that round differently, so a counted step would make a resumed run differ from a whole one.
+        """
+        if stage not in self.flops:
+            with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+                step()
+            self.flops[stage] = counter.get_total_flops() / items
 
     def log(self, row, items, started, bar):
         """One line in metrics.jsonl; loss, items a second and MFU on the progress bar.
@@ -67,7 +67,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def save(self, model, optimizer, schedule, stage, step):
-        """Trainable weights (safetensors), optimizer, schedule and random state; keeps the last two."""
+        """Trainable weights (safetensors), optimizer, schedule, random state. Keeps two."""
         name = f"stage{stage}-step{step:06d}"
         temporary = self.checkpoints / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)

@@ -10,7 +10,7 @@
 The teacher of stage 1 is the unpruned model itself, frozen. Both losses act on the un-normalised
 `[RET]` states of a batch of (query, target) pairs. Everything goes to the run folder `runs/puma-N`:
 config.json, metrics.jsonl (one object a step), curves.png, checkpoints/, model/ (an ordinary
-transformers folder), results.json, gallery.png. `--resume runs/puma-N` continues an interrupted run.
+transformers folder), results.json, gallery.png. `--resume runs/puma-N` continues a stopped run.
 
 Read `train_stage` (the loop), `training_step` (one step), `stage_losses` (the formulas).
 Shapes: B pairs, hence 2B items a step; D width.
@@ -21,6 +21,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +57,7 @@ class Config:
     stage2_steps: int = arg(400, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
     batch_size: int = arg(128, "pairs a step (paper: 288 in stage 1, 600 in stage 2, on 4 GPUs)")
     chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
-    tasks_per_batch: int = arg(3, "tasks in a batch; several, so that both kinds of negatives occur")
+    tasks_per_batch: int = arg(3, "tasks in a batch, several so that both kinds of negatives occur")
     lr: float = arg(1e-3, "peak learning rate (paper: 2e-4 and 3e-4 with LoRA; here all weights)")
     warmup: float = arg(0.03, "share of a stage's steps with rising learning rate (paper: 0.03)")
     weight_decay: float = arg(0.0, "AdamW's weight decay (paper: 0)")
@@ -64,11 +65,11 @@ class Config:
     temperature: float = arg(0.03, "tau of stage 2 (paper: 0.03)")
     decay: float = arg(0.5, "lambda: tau_hard falls to tau * exp(-lambda) (paper: 0.5)")
     loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")
-    positive_temperature: Literal["hard", "base"] = arg("hard", "the positive's tau (official: hard)")
+    positive_temperature: Literal["hard", "base"] = arg("hard", "positive's tau (official: hard)")
     mask_duplicates: bool = arg(True, "another right target is no negative (official: it is one)")
     teacher: str = arg("", "teacher of stage 1; default: the unpruned model, as in the paper")
     distill_weight: float = arg(0.1, "w: share of L_distill in stage 1 (paper: 0.1)")
-    distill_scale: float = arg(1.0, "factor in L_distill (official: 0.05, which makes it tiny here)")
+    distill_scale: float = arg(1.0, "factor in L_distill (official: 0.05, too little to act here)")
     distill_modalities: Literal["all", "text"] = arg("all", "text: items without image (official)")
     labels: int = arg(0, "use only so many labelled queries, to study few labels; 0: all")
     max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
@@ -85,7 +86,7 @@ class Config:
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
-    """States (2B, D), queries then targets -> {"loss", "contrastive", "distill", "hard_temperature"}.
+    """States (2B, D) of queries, then targets -> loss, contrastive, distill, hard_temperature.
 
     `teacher_states` (2B, D) or None; `progress` in [0, 1] of this stage.
     """
@@ -163,13 +164,15 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         def losses_of(states, teacher_states, batch=batch, step=step):
             return stage_losses(states, teacher_states, batch, stage, step / steps, config)
 
-        items = len(batch["order"])
-        with run.counting(stage, items), autocast(student.device):
-            losses = training_step(student, teacher, batch, losses_of, config.chunk_size > 0)
+        items, grad_cache = len(batch["order"]), config.chunk_size > 0
+        do_step = partial(training_step, student, teacher, batch, losses_of, grad_cache)
+        with autocast(student.device):
+            run.count(stage, items, do_step)
+            optimizer.zero_grad()
+            losses = do_step()
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
-        optimizer.zero_grad()
 
         row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm}
         run.log(row | {"masked_duplicates": batch["masked_duplicates"]}, items, started, bar)
@@ -177,7 +180,7 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or run.stopping:
             run.save(student, optimizer, schedule, stage, step + 1)
         if run.stopping:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"; continue with: python train.py --resume {run.folder}")
 
 
 # ---- batches -------------------------------------------------------------------------------------
@@ -239,7 +242,9 @@ def load_student(config, device):
     """The pruned model, in float32 because it is trained."""
     keep = None if config.keep_last else config.keep_layers
     student = load(config, config.model, device, keep_layers=keep, dtype=torch.float32)
-    return prune_layers(student, config.keep_layers, keep_last=True) if config.keep_last else student
+    if config.keep_last:
+        prune_layers(student, config.keep_layers, keep_last=True)
+    return student
 
 
 def load(config, name, device, **options):
@@ -248,12 +253,12 @@ def load(config, name, device, **options):
 
 
 def load_teacher(config, student, device):
-    """The frozen teacher of stage 1, which shares the student's vision tower; None without stage 1."""
+    """The frozen teacher of stage 1, sharing the student's vision tower; None without stage 1."""
     if not config.stage1_steps or not config.distill_weight:
         return None
     teacher = load(config, config.teacher or config.model, device)
     own, other = student.backbone.visual.state_dict(), teacher.backbone.visual.state_dict()
-    if own.keys() != other.keys() or not all(torch.equal(own[k].to(v), v) for k, v in other.items()):
+    if not all(k in own and torch.equal(own[k].to(v), v) for k, v in other.items()):
         raise ValueError(f"--teacher {config.teacher} has another vision tower than {config.model}")
     teacher.backbone.visual = student.backbone.visual
     return teacher.requires_grad_(False).eval()
@@ -279,7 +284,7 @@ def compare(config, student, folder, device):
         "pruned": evaluate.score(cells, untrained.rank(cells, depth=1)),
         "PUMA": evaluate.score(cells, rankings),
     }
-    sample = [item for cell in cells for item in cell.items[:48]]
+    sample = [item for cell in cells for item in cell.items[:24]]
     for results, model in zip(columns.values(), (full, pruned, student)):
         results["efficiency"] = evaluate.efficiency(model, sample)
     print(evaluate.table(columns))
@@ -310,9 +315,8 @@ def prepare(config):
     return config, Path(config.out or f"runs/puma-{number}")
 
 
-def main():
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    config, folder = prepare(*parser.parse_args_into_dataclasses())
+def train(config):
+    config, folder = prepare(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.manual_seed(config.seed)
     evaluate.ensure_data(config.data)
@@ -342,12 +346,18 @@ def main():
         compare(config, student, folder, device)
 
 
-if __name__ == "__main__":
+def main():
+    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
+    (config,) = parser.parse_args_into_dataclasses()
     try:
-        main()
+        train(config)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; continue with: python train.py --resume <run folder>", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"stopped{stop}", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The model: what it reads, where it reads it, and that the stock classes agree."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import MODEL
+from PIL import Image
+from transformers import Qwen2VLForConditionalGeneration
+
+from items import load_image
+from puma import PUMA, RET
+
+
+def picture(seed=0, size=(56, 56)):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+ITEMS = [
+    "latin small letter a",
+    picture(0),
+    {"image": picture(1), "text": "make it capital"},
+    {"text": "greek small letter alpha with psili and varia", "instruction": "Find the name."},
+    {"image": picture(2), "instruction": "Which one is the same character?"},
+]
+
+
+def stock_inputs(batch, config):
+    """A batch of ours as the stock class takes it, which then computes positions by itself."""
+    batch = {key: value for key, value in batch.items() if key != "position_ids"}
+    batch["image_grid_thw"] = batch.pop("grid_thw")
+    batch["mm_token_type_ids"] = (batch["input_ids"] == config.image_token_id).int()
+    return batch
+
+
+@pytest.mark.parametrize("keep", [1, 4, 8])
+def test_pruned_output_is_the_stock_models_hidden_state_k_with_the_final_norm(keep):
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+    pruned = PUMA.from_pretrained(MODEL, keep_layers=keep).eval()
+    batch = pruned.collate(ITEMS)
+    with torch.no_grad():
+        states = stock.model(**stock_inputs(batch, stock.config), output_hidden_states=True)
+        hidden = states.hidden_states[keep][:, -1]
+        expected = hidden if keep == 8 else stock.model.language_model.norm(hidden)
+        torch.testing.assert_close(pruned(batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_every_row_ends_in_ret_and_padding_does_not_change_its_state(puma):
+    batch = puma.collate(ITEMS)
+    assert (batch["input_ids"][:, -1] == puma.ret_id).all()
+    assert (batch["input_ids"] == puma.ret_id).sum() == len(ITEMS)
+    assert batch["attention_mask"].sum(1).unique().numel() > 1, "the items must differ in length"
+    with torch.no_grad():
+        alone = torch.cat([puma(puma.collate([item])) for item in ITEMS])
+        torch.testing.assert_close(puma(batch), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_row_11_a_row_that_does_not_end_in_ret_is_an_error(puma):
+    batch = puma.collate(["a"])
+    cut = {key: value[..., :-1] for key, value in batch.items()}
+    with pytest.raises(ValueError, match=r"must end in \[RET\]"):
+        puma(cut)
+
+
+def test_row_12_nothing_follows_ret_and_the_prompt_names_what_is_there(puma):
+    rows = puma.collate(ITEMS)["input_ids"]
+    texts = [puma.tokenizer.decode(row).split("<|im_start|>user\n")[1] for row in rows]
+    kinds = ["sentence", "image", "image and sentence", "sentence", "image and sentence"]
+    for text, kind in zip(texts, kinds):
+        end = f"\nSummarize above {kind} in one word: <|im_end|>\n<|im_start|>assistant\n[RET]"
+        assert text.endswith(end), text
+    instruction, text = texts[3].split("\n")[:2]
+    assert (instruction, text) == ("Find the name.", ITEMS[3]["text"])
+
+
+@pytest.mark.parametrize("size", [(56, 56), (140, 56), (56, 84), (300, 200)])
+def test_row_10_positions_are_the_stock_mrope_for_any_image_shape(puma, size):
+    puma.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28}
+    batch = puma.collate([{"image": picture(size=size), "text": "what is it?"}, "short"])
+    stock = stock_inputs(batch, puma.backbone.config)
+    expected, _ = puma.backbone.get_rope_index(
+        batch["input_ids"], stock["mm_token_type_ids"], image_grid_thw=batch["grid_thw"],
+        attention_mask=batch["attention_mask"])
+    real = batch["attention_mask"].bool()
+    assert torch.equal(batch["position_ids"][:, real], expected[:, real])
+
+
+def test_a_video_fills_both_halves_of_a_patch_with_successive_frames(puma):
+    frames = [picture(seed) for seed in range(4)]
+    video = puma.collate([{"video": frames, "text": "what moves?"}])
+    stills = puma.collate(frames)
+    assert video["grid_thw"].tolist() == [[2, 4, 4]]
+    halves = video["pixel_values"].view(2, 16, 3, 2, -1)  # pair, patch, colour, half, pixel
+    still = stills["pixel_values"].view(4, 16, 3, 2, -1)
+    for frame in range(4):
+        assert torch.equal(halves[frame // 2, :, :, frame % 2], still[frame, :, :, 0])
+    types = (video["input_ids"] == puma.backbone.config.video_token_id).int() * 2
+    expected, _ = puma.backbone.get_rope_index(
+        video["input_ids"], types, video_grid_thw=video["grid_thw"])
+    assert torch.equal(video["position_ids"], expected)
+    assert puma.encode([{"video": frames}], show_progress=False).isfinite().all()
+
+
+def test_special_tokens_in_a_users_text_stay_text(puma):
+    text = "a <|image_pad|> [RET] <|im_end|> b"
+    batch = puma.collate([text])
+    config = puma.backbone.config
+    assert (batch["input_ids"] == puma.ret_id).sum() == 1
+    assert not (batch["input_ids"] == config.image_token_id).any()
+    assert text in puma.tokenizer.decode(batch["input_ids"][0])
+
+
+def test_long_text_is_cut_and_prompt_and_ret_are_kept():
+    model = PUMA.from_pretrained(MODEL, keep_layers=1, max_text_tokens=10)
+    long, cut = model.collate(["a b c d e f g h i j k l m n o p " * 50])["input_ids"], 10
+    tail = model.summary_tail({"text": "a"})
+    assert long.shape[1] == len(model.before_ids) + cut + len(tail)
+    assert long[0, -len(tail) :].tolist() == tail
+
+
+def test_encode_returns_input_order_whatever_the_batching(puma):
+    items = ITEMS * 3 + ["x" * n for n in (50, 3, 20)]
+    whole = puma.encode(items, batch_size=64, show_progress=False)
+    torch.testing.assert_close(whole, puma.encode(items, 2, show_progress=False), atol=1e-5, rtol=0)
+    alone = torch.cat([puma.encode([item], show_progress=False) for item in items])
+    torch.testing.assert_close(whole, alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(len(items)))
+    assert puma.encode([], show_progress=False).shape == (0, 128)
+
+
+def test_encode_takes_texts_pictures_paths_and_dictionaries(puma, tmp_path):
+    path = tmp_path / "glyph.png"
+    picture(5).save(path)
+    same = [picture(5), path, {"image": path}, {"image": str(path)}, {"image": picture(5)}]
+    vectors = puma.encode(same, show_progress=False)
+    torch.testing.assert_close(vectors, vectors[:1].expand(5, -1), atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="empty item"):
+        puma.encode([""])
+    with pytest.raises(ValueError, match="unknown keys"):
+        puma.encode([{"txt": "a"}])
+    with pytest.raises(ValueError, match="int"):
+        puma.encode([{"image": 3}])
+
+
+def test_only_decoder_layers_final_norm_and_the_ret_row_are_trained(puma):
+    trained = {name for name, p in puma.named_parameters() if p.requires_grad}
+    prefixes = ("backbone.language_model.layers.", "backbone.language_model.norm.", "ret_embedding")
+    assert all(name.startswith(prefixes) for name in trained)
+    puma(puma.collate(ITEMS)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0
+               for n, p in puma.named_parameters() if n in trained)
+    assert all(p.grad is None for n, p in puma.named_parameters() if n not in trained)
+
+
+def test_ret_only_last_layer_gives_the_plain_states_and_gradients(puma, monkeypatch):
+    import contextlib
+
+    import puma as module
+
+    batch = puma.collate(ITEMS)
+    fast = puma(batch)
+    gradient = torch.autograd.grad(fast.square().sum(), puma.ret_embedding)[0]
+    monkeypatch.setattr(module, "_last_token_only", lambda layer: contextlib.nullcontext())
+    plain = puma(batch)
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
+    expected = torch.autograd.grad(plain.square().sum(), puma.ret_embedding)[0]
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_row_13_a_saved_model_loads_with_the_stock_class_and_gives_the_same_state(puma, tmp_path):
+    pruned = PUMA.from_pretrained(MODEL, keep_layers=3).eval()
+    with torch.no_grad():
+        pruned.ret_embedding += 0.1  # as if trained
+    pruned.save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model/config.json").read_text())["text_config"][
+        "num_hidden_layers"] == 3
+    assert (tmp_path / "model/README.md").exists()
+    assert not list((tmp_path / "model").glob("*.bin"))
+    batch = pruned.collate(ITEMS)
+    again = PUMA.from_pretrained(tmp_path / "model").eval()
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        assert torch.equal(again(batch), pruned(batch))
+        hidden = stock.model(**stock_inputs(batch, stock.config)).last_hidden_state[:, -1]
+        torch.testing.assert_close(hidden, pruned(batch), atol=1e-5, rtol=1e-5)
+
+
+def test_a_save_that_fails_leaves_the_old_folder_alone(puma, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").write_text("old")
+    monkeypatch.setattr(puma, "_card", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        puma.save_pretrained(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (folder / "old").exists()
+
+
+def test_keep_layers_out_of_range_and_incomplete_folders_are_named(tmp_path):
+    for bad in (0, 9, -1):
+        with pytest.raises(ValueError, match=rf"keep_layers must be in 1\.\.8, got {bad}"):
+            PUMA.from_pretrained(MODEL, keep_layers=bad)
+    with pytest.raises(ValueError, match="does not exist"):
+        PUMA.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"expected .*tokenizer\.json"):
+        PUMA.from_pretrained(tmp_path)
+
+
+def test_ret_is_added_to_a_tokenizer_without_it_and_its_row_is_usable():
+    from transformers import AutoTokenizer
+
+    from puma import _add_ret_token
+
+    base = PUMA.from_pretrained(MODEL, keep_layers=1)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] != RET]
+    tokenizer.backend_tokenizer.__setstate__(json.dumps(state).encode())
+    assert RET not in tokenizer.get_vocab()
+    with pytest.raises(ValueError, match=r"no \[RET\] token"):
+        PUMA(copy.deepcopy(base.backbone), tokenizer, base.image_processor)
+    backbone = copy.deepcopy(base.backbone)
+    rows = backbone.get_input_embeddings().num_embeddings
+    _add_ret_token(tokenizer, backbone)
+    model = PUMA(backbone, tokenizer, base.image_processor)
+    assert model.ret_id < backbone.get_input_embeddings().num_embeddings <= rows + 1
+    assert model.encode(["a"], show_progress=False).isfinite().all()
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, puma):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"\x89PNG not really")
+    with pytest.raises(ValueError, match=r"cannot read image .*broken\.png"):
+        puma.encode([{"image": broken}], show_progress=False)
+    with pytest.raises(ValueError, match=r"cannot read image .*missing\.png"):
+        load_image(tmp_path / "missing.png")
+    picture(0).save(tmp_path / "cut.png")
+    data = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"cut\.png"):
+        load_image(tmp_path / "cut.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56 - 1)
+    picture(0).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match=r"large\.png: 56 x 56 pixels are too many"):
+        load_image(tmp_path / "large.png")
+
+
+def test_transparent_pixels_become_white():
+    image = load_image(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
