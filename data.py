@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 MODALITIES = ("text", "image", "image,text", "video", "video,text")  # index = modality class
+CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
 TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
@@ -34,8 +35,8 @@ TASKS = {  # task id -> (query modality, candidate modality)
 
 
 def did_key(did):
-    """"9:77" (dataset 9, number 77) -> one integer, so that a million dids fit into an array."""
-    match = re.fullmatch(r"(\d+):(\d+)", did) if isinstance(did, str) else None
+    """`9:77` (dataset 9, number 77) -> one integer, so that a million dids fit into an array."""
+    match = re.fullmatch(r"(\d{1,6}):(\d{1,12})", did) if isinstance(did, str) else None
     if not match:
         raise ValueError(f'expected an id like "9:77", got {did!r}')
     return int(match[1]) << 40 | int(match[2])
@@ -46,30 +47,38 @@ def did_text(key):
     return f"{key >> 40}:{key & (1 << 40) - 1}"
 
 
-def modality_class(name):
-    """"text,image" or "image,text" (the dataset card has both) -> index into MODALITIES."""
-    normal = {"text,image": "image,text", "text,video": "video,text"}.get(name, name)
-    if normal not in MODALITIES:
-        raise ValueError(f"expected a modality out of {', '.join(MODALITIES)}; got {name!r}")
-    return MODALITIES.index(normal)
-
-
 def did_keys(values):
-    """pos_cand_list -> keys. Its entries are dids or, as the dataset card says, objects with one."""
-    if not isinstance(values, list):
-        raise ValueError(f"expected a list of ids, got {values!r}")
+    """pos_cand_list -> keys. It lists dids or, as the dataset card says, objects with one."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"expected a list of ids, at least one, got {values!r}")
     return [did_key(value.get("did") if isinstance(value, dict) else value) for value in values]
+
+
+def modality_class(name):
+    """`image,text` or `text,image` (the dataset card has both) -> index into MODALITIES."""
+    if not isinstance(name, str) or name not in CLASSES:
+        raise ValueError(f"expected a modality out of {', '.join(MODALITIES)}; got {name!r}")
+    return CLASSES[name]
 
 
 def make_item(root, text, image):
     """{"text", "image"} with the image's whole path, which may not leave the data root."""
     if not all(isinstance(value, str | None) for value in (text, image)):
-        raise ValueError(f"expected text and image path to be strings or null, got {text!r}, {image!r}")
+        raise ValueError(f"expected text and image path as strings or null, got {text!r}, {image!r}")
     if image and (os.path.isabs(image) or ".." in Path(image).parts):
         raise ValueError(f"expected an image path inside the data directory, got {image!r}")
     if not text and not image:
         raise ValueError("expected a text or an image path, got neither")
     return {"text": text or None, "image": str(root / image) if image else None}
+
+
+def read_lines(path):
+    """(number, line) of each line of a text file that is not blank. ValueError: cannot read it."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read: {error}") from error
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def format_instruction(text):
@@ -92,23 +101,25 @@ class Table:
             with self.path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        self._add(position, columns, line, number)
+                        self._add(position, line, columns)
                     position += len(line)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot read: {error.strerror}") from error
+        except KeyError as error:
+            raise ValueError(f"{self.path}:{number}: expected a field {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{self.path}:{number}: {error}") from error
         if not self.starts:
             raise ValueError(f"{self.path}: expected at least one JSON line, found none")
 
-    def _add(self, position, columns, line, number):
+    def _add(self, position, line, columns):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError(f"expected a JSON object, got {str(row)[:60]}")
-            values = columns(row)
-        except KeyError as error:
-            raise ValueError(f"{self.path}:{number}: expected a field {error}") from error
-        except ValueError as error:  # malformed JSON and malformed UTF-8 as well
-            raise ValueError(f"{self.path}:{number}: {error}") from error
+        except ValueError:  # malformed JSON or UTF-8
+            row = line
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, got {str(row)[:60]}")
+        values = columns(row)
         self.columns = self.columns or [array("q") for _ in values]
         for column, value in zip([self.starts, *self.columns], [position, *values]):
             column.append(value)
@@ -166,31 +177,28 @@ class Benchmark:
 
     def _read_prompts(self, path):
         """{(query class, candidate class, dataset id): prompts} of the tab-separated file."""
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot read: {error}") from error
         prompts = {}
-        for number, line in enumerate(lines[1:], 2):
+        for number, line in read_lines(path)[1:]:
             fields = [field.strip() for field in line.split("\t")]
             try:
-                if line.strip():
-                    key = (modality_class(fields[0]), modality_class(fields[1]), int(fields[3]))
-                    prompts[key] = [format_instruction(text) for text in fields[4:] if text]
-                    prompts[key][0]
+                key = (modality_class(fields[0]), modality_class(fields[1]), int(fields[3]))
+                prompts[key] = [format_instruction(text) for text in fields[4:] if text]
+                prompts[key][0]  # IndexError if there is none
             except (ValueError, IndexError) as error:
-                raise ValueError(f"{path}:{number}: expected query modality, candidate modality, name, "
-                                 f"dataset id and prompts, separated by tabs ({error})") from error
+                raise ValueError(
+                    f"{path}:{number}: expected query modality, candidate modality, name, dataset "
+                    f"id and prompts, separated by tabs ({error})") from error
         return prompts
 
-    def query_table(self, path):
-        """Columns: qid key, modality class, first positive."""
+    def query_table(self, path, pool=None):
+        """Columns: qid key, modality class, key of the first positive (in `pool`, if given)."""
         def columns(row):
-            make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
+            make_item(self.root, row.get("query_txt"), row.get("query_img_path"))  # to check it
             positives = did_keys(row["pos_cand_list"])
-            if not positives:
-                raise ValueError("expected at least one positive in pos_cand_list, got none")
-            return did_key(row["qid"]), modality_class(row["query_modality"]), positives[0]
+            known = [key for key in positives if pool is None or key in pool.index]
+            if not known:
+                raise ValueError(f"expected a positive in the pool, got {did_text(positives[0])}")
+            return did_key(row["qid"]), modality_class(row["query_modality"]), known[0]
 
         return Table(path, columns)
 
@@ -198,35 +206,36 @@ class Benchmark:
         """A query's item; its instruction is drawn by query id and `salt` (official: unseeded)."""
         key = (modality_class(row["query_modality"]), target_class, did_key(row["qid"]) >> 40)
         if key not in self.prompts:
-            kinds = f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]}"
-            raise ValueError(f"query_instructions.tsv: expected a prompt for dataset {key[2]}, {kinds}")
+            raise ValueError(f"{self.root}/instructions/query_instructions.tsv: expected a prompt for "
+                             f"dataset {key[2]}, {MODALITIES[key[0]]} -> {MODALITIES[key[1]]}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
         item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
         return {**item, "instruction": prompt}
 
     def cells(self, split, limit=None):
         """All cells of a split, by dataset and task. `limit`: only that many queries of each."""
-        folder, cells = self.root / "query" / split, []
-        for path in sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl")):
-            match = re.fullmatch(rf"mbeir_(.+)_task(\d+)_{split}\.jsonl", path.name)
-            if not match or int(match[2]) not in TASKS:
-                raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
-            name = f"{match[1]}_task{match[2]}"
-            table = self.query_table(path)
-            rows = [table[i] for i in range(len(table))[:limit]]
-            target_class = modality_class(TASKS[int(match[2])][1])
-            pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
-                     for part in ("", f"_{split}", "_test")]  # MSCOCO's has "_test" in it
-            pool = next((path for path in pools if path.exists()), None)
-            if pool is None:
-                raise ValueError(f"{pools[0]}: expected the candidate pool of {path.name}")
-            items = [self.query_item(row, target_class) for row in rows]
-            relevant = self._relevant(rows, f"qrels/{split}/mbeir_{name}_{split}_qrels.txt")
-            name = f"zero_{name}" if split == "zero" else name
-            cells.append(Cell(name, [row["qid"] for row in rows], items, relevant, pool))
-        if not cells:
+        folder = self.root / "query" / split
+        paths = sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl"))
+        if not paths:
             raise ValueError(f"{folder}: expected files mbeir_<dataset>_task<T>_{split}.jsonl")
-        return cells
+        return [self._cell(path, split, limit) for path in paths]
+
+    def _cell(self, path, split, limit):
+        match = re.fullmatch(rf"mbeir_(.+_task(\d+))_{split}\.jsonl", path.name)
+        if not match or int(match[2]) not in TASKS:
+            raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
+        name, target_class = match[1], modality_class(TASKS[int(match[2])][1])
+        table = self.query_table(path)
+        rows = [table[i] for i in range(len(table))[:limit]]
+        pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
+                 for part in ("", f"_{split}", "_test")]  # MSCOCO's has "_test" in it
+        pool = next((path for path in pools if path.exists()), None)
+        if pool is None:
+            raise ValueError(f"{pools[0]}: expected the candidate pool of {path.name}")
+        items = [self.query_item(row, target_class) for row in rows]
+        relevant = self._relevant(rows, f"qrels/{split}/mbeir_{name}_{split}_qrels.txt")
+        name = f"zero_{name}" if split == "zero" else name
+        return Cell(name, [row["qid"] for row in rows], items, relevant, pool)
 
     def _relevant(self, rows, qrels):
         """For each query its relevant did keys: of `qid 0 did 1 task` lines, else pos_cand_list."""
@@ -234,21 +243,23 @@ class Benchmark:
         if not path.exists():
             return [set(did_keys(row["pos_cand_list"])) for row in rows]
         relevant = {row["qid"]: set() for row in rows}
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            fields = line.split()
+        for number, line in read_lines(path):
             try:
-                if fields and int(fields[3]) > 0 and fields[0] in relevant:
-                    relevant[fields[0]].add(did_key(fields[2]))
-            except (IndexError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: expected `qid 0 did 1 task`, got {line!r}") from error
+                qid, _, did, grade, *_ = line.split()
+                if int(grade) > 0 and qid in relevant:
+                    relevant[qid].add(did_key(did))
+            except ValueError as error:
+                raise ValueError(
+                    f"{path}:{number}: expected `qid 0 did 1 task`, got {line!r}") from error
         for qid, keys in relevant.items():
             if not keys:
-                raise ValueError(f"{path}: expected a relevant candidate for query {qid}, found none")
-        return list(relevant.values())
+                raise ValueError(f"{path}: expected a relevant candidate for {qid}, found none")
+        return [relevant[row["qid"]] for row in rows]
 
     def global_pool_path(self, split):
         """The union pool; the zero-shot split shares the test pool. None if there is none."""
-        paths = [self.root / f"cand_pool/global/mbeir_union_{s}_cand_pool.jsonl" for s in (split, "test")]
+        name = str(self.root / "cand_pool/global/mbeir_union_{}_cand_pool.jsonl")
+        paths = [Path(name.format(part)) for part in (split, "test")]
         return next((path for path in paths if path.exists()), None)
 
     def pool(self, path):
@@ -270,16 +281,17 @@ class TrainSet(torch.utils.data.Dataset):
         files = sorted(folder.glob("*.jsonl"))
         if len(files) != 1:
             raise ValueError(f"{folder}: expected one .jsonl file, found {len(files)}")
-        self.queries = benchmark.query_table(files[0])
         self.pool = benchmark.pool(
             benchmark.root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
-        rng = random.Random(seed)
+        self.queries = benchmark.query_table(files[0], self.pool)
         qids, classes, positives = self.queries.columns
+        rng = random.Random(seed)
+        rows = rng.sample(range(len(qids)), len(qids))
+        if labels:  # an up-sampled file repeats queries: count ids, not lines
+            kept = set(list(dict.fromkeys(qids[i] for i in rows))[:labels])
+            rows = [i for i in rows if qids[i] in kept]
         groups = {}
-        for i in rng.sample(range(len(qids)), min(labels or len(qids), len(qids))):
-            if positives[i] not in self.pool.index:
-                raise ValueError(f"{files[0]}: expected {did_text(positives[i])}, a positive of query "
-                                 f"{did_text(qids[i])}, in the training pool")
+        for i in rows:
             target_class = self.pool.modality[self.pool.index[positives[i]]]
             groups.setdefault((qids[i] >> 40, classes[i], target_class), []).append(i)
         self.schedule = list(_schedule(groups, batch_size, steps, tasks_per_batch, rng))

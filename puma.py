@@ -18,8 +18,8 @@ Attention is causal, so `[RET]` must come last to see everything. The one-word q
 model prepare there the distribution over the words that would sum the item up: a text-like state,
 whatever the modality. That is why images and texts can be compared at all.
 
-`PUMA` holds the transformers model without its LM head. Vision tower and embedding table are
-frozen, as in the paper; the `[RET]` row is trained (the official code freezes it, too).
+`PUMA` holds the transformers model without LM head. Vision tower and embedding table are frozen,
+as in the paper; the `[RET]` row is trained (official code: frozen).
 Shapes: B items, L tokens, D width, V visual tokens and P patches of the whole batch.
 """
 
@@ -93,8 +93,8 @@ class PUMA(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         pixels = max_visual_tokens * (processor.patch_size * processor.merge_size) ** 2
-        edges = ("shortest_edge", "longest_edge")  # names of the least and most pixels, oddly
-        processor.size = {edge: min(processor.size[edge], pixels) for edge in edges}
+        # "shortest_edge" and "longest_edge" are the least and the most pixels of an image, oddly.
+        processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
         _add_ret_token(tokenizer, backbone)
         return cls(backbone, tokenizer, processor, max_text_tokens).to(device)
 
@@ -230,7 +230,7 @@ class PUMA(nn.Module):
     def length(self, item):
         """Roughly how many tokens an item takes: four characters each, and those of its image."""
         item = as_item(item)
-        tokens = len(item.get("text") or "") / 4 + len(item.get("instruction") or "") / 4
+        tokens = len((item.get("text") or "") + (item.get("instruction") or "")) / 4
         if item.get("image"):
             width, height = image_size(item["image"])
             patches = self.image_processor.get_number_of_image_patches(height, width)
@@ -242,9 +242,7 @@ class PUMA(nn.Module):
     @torch.no_grad()
     def visual_tokens(self, batch):
         """The frozen tower's output (V, D) for all visuals of a batch, or None; no gradient.
-
-        Compute it once and pass it to teacher and student, which share the tower.
-        """
+        Compute it once and pass it to teacher and student, which share the tower."""
         if "pixel_values" not in batch:
             return None
         pixels = batch["pixel_values"].to(self.backbone.visual.dtype)
@@ -286,8 +284,7 @@ class PUMA(nn.Module):
         order = sorted(range(len(items)), key=lambda i: self.length(items[i]), reverse=True)
         training = self.training
         self.eval()
-        width = self.backbone.config.get_text_config().hidden_size
-        parts = [torch.empty(0, width)] if not items else []
+        parts = [] if items else [torch.empty(0, self.ret_embedding.numel())]
         starts = range(0, len(items), batch_size)
         for start in tqdm(starts, desc="encode", disable=not show_progress, leave=False):
             batch = self.collate([items[i] for i in order[start : start + batch_size]])
@@ -319,17 +316,18 @@ def _last_token_only(layer):
 
 
 def to_device(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def _check_folder(name_or_path):
-    """ValueError if a local folder lacks a part of a model. (Hub ids are checked by the hub.)"""
+    """ValueError if a local folder lacks a part of a model. A hub id looks like "Qwen/Qwen2-VL"."""
     folder = Path(name_or_path)
-    if not folder.exists() and (folder.is_absolute() or str(name_or_path).count("/") != 1):
+    if not folder.exists() and (len(folder.parts) != 2 or folder.parent.exists()):
         raise ValueError(f"model folder {name_or_path} does not exist")
     for file in ("config.json", "tokenizer.json", "preprocessor_config.json"):
         if folder.exists() and not (folder / file).is_file():
-            raise ValueError(f"{folder} is not a complete model folder: expected {folder / file}")
+            hint = f"; did you mean {folder / 'model'}?" if (folder / "model").is_dir() else ""
+            raise ValueError(f"{folder} is no complete model: expected {folder / file}{hint}")
 
 
 def _add_ret_token(tokenizer, backbone):
@@ -348,7 +346,5 @@ def _add_ret_token(tokenizer, backbone):
 def _quiet():
     level = logging.get_verbosity()
     logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
+    yield
+    logging.set_verbosity(level)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -41,8 +42,9 @@ class Run:
         that round differently, so a counted step would make a resumed run differ from a whole one.
         """
         if stage not in self.flops:
-            with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-                step()
+            with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # the one it can count
+                with FlopCounterMode(display=False) as counter:
+                    step()
             self.flops[stage] = counter.get_total_flops() / items
 
     def log(self, row, items, started, bar):

@@ -1,9 +1,9 @@
 """GlyphBEIR: a multimodal retrieval benchmark that ships with Python.
 
-Every Unicode character has an official English name (`unicodedata`, standard library), and
-matplotlib's wheel carries the DejaVu fonts, twelve faces that draw 3,189 letters, marks and symbols.
-A rendering is an image, its name is a caption, and names compose as captions do: LATIN SMALL LETTER
-E WITH ACUTE minus ACUTE, in CAPITAL, and so on. That is enough for all eight M-BEIR task types, with
+Every Unicode character has an official English name (`unicodedata`, standard library), and the
+DejaVu fonts in matplotlib's wheel have twelve faces that draw 3,189 letters, marks and symbols. A
+rendering is an image, its name is a caption, and names compose as captions do: LATIN SMALL LETTER E
+WITH ACUTE minus ACUTE, in CAPITAL, and so on. That is enough for all eight M-BEIR task types, with
 no download:
 
     python toy/glyph_beir.py --out data/glyph_beir      # about 5 s on two cores
@@ -25,7 +25,6 @@ Not in the paper: it trains and tests on M-BEIR.
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -275,13 +274,14 @@ def image_path(char, face):
 
 
 def write_images(job):
-    """Draw the images of one folder, that is of one face; a job of the worker pool."""
-    root, paths = job
-    Path(root, paths[0]).parent.mkdir(parents=True)
-    for path in map(Path, paths):
-        png = io.BytesIO()  # a third faster than to let Pillow write the file
-        render(chr(int(path.stem, 16)), path.parent.name).save(png, "png", compress_level=1)
-        Path(root, path).write_bytes(png.getbuffer())
+    """Render the characters of one face; a job of the worker pool.
+
+    A folder belongs to one worker: two that create files in it would wait for each other.
+    """
+    root, face, chars = job
+    Path(root, f"mbeir_images/{DATASET}/{face}").mkdir(parents=True)
+    for char in chars:
+        render(char, face).save(Path(root, image_path(char, face)), compress_level=1)
 
 
 def write_jsonl(path, rows):
@@ -351,8 +351,8 @@ def make_queries(world, pool, split, task, count, query_faces, rng):
 
 
 def write_queries(root, world, train_pool, pool, seed):
-    """All query files and qrels; returns the rows of training and those of evaluation."""
-    numbers = iter(range(1, 1_000_000))  # query ids run on over all files
+    """All query files and qrels. Query ids run on over all files."""
+    numbers = iter(range(1, 1_000_000))
 
     def numbered(rows):
         return [{**row, "qid": f"{DATASET_ID}:{next(numbers)}"} for row in rows]
@@ -360,10 +360,12 @@ def write_queries(root, world, train_pool, pool, seed):
     # Repeats draw another face; their instruction and positive are drawn anew by the reader.
     repeats = {0: 2, 1: 1, 2: 2, 3: 2, 4: 2, 6: 1, 7: 2, 8: 1}
     rng = random.Random(seed)
-    train, evaluation = [], []
-    for task, times in repeats.items():
-        for _ in range(times):
-            train += make_queries(world, train_pool, "train", task, None, TRAIN_FACES, rng)
+    train = [
+        row
+        for task, times in repeats.items()
+        for _ in range(times)
+        for row in make_queries(world, train_pool, "train", task, None, TRAIN_FACES, rng)
+    ]
     rng.shuffle(train)
     train = numbered(train)
     write_jsonl(root / f"query/train/mbeir_{DATASET}_train.jsonl", train)
@@ -380,18 +382,18 @@ def write_queries(root, world, train_pool, pool, seed):
             qrels.write_text("".join(
                 f"{row['qid']} 0 {did} 1 {task}\n" for row in rows for did in row["pos_cand_list"]
             ))
-            evaluation += rows
-    return train, evaluation
+    return len(train)
 
 
 def write_pools(root, train_pool, pool):
-    """The global pools, and for each task those candidates of evaluation that it looks for."""
-    write_jsonl(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", train_pool.rows)
+    """The global pools, and for each task the candidates of the modality that it looks for."""
+    folder = root / "cand_pool"
+    write_jsonl(folder / "global/mbeir_union_train_cand_pool.jsonl", train_pool.rows)
     for split in ("val", "test"):
-        write_jsonl(root / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl", pool.rows)
+        write_jsonl(folder / f"global/mbeir_union_{split}_cand_pool.jsonl", pool.rows)
     for task, (_, modality) in TASKS.items():
         rows = [row for row in pool.rows if row["modality"] == modality]
-        write_jsonl(root / f"cand_pool/local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows)
+        write_jsonl(folder / f"local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows)
 
 
 def write_instructions(root):
@@ -453,25 +455,25 @@ def build(out, seed=0, processes=None):
         world = World(seed)
         train_pool = Pool(world, world.seen, TRAIN_FACES, first_did=1)
         pool = Pool(world, world.names, [TARGET_FACE], first_did=len(train_pool.rows) + 1)
+        wanted = {face: world.seen for face in TRAIN_FACES}
+        wanted |= {face: list(world.names) for face in [TARGET_FACE, *TEST_QUERY_FACES]}
+        jobs = [
+            (str(root), face, [char for char in chars if world.drawable(char, [face])])
+            for face, chars in wanted.items()
+        ]
         with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as workers:
-            train, evaluation = write_queries(root, world, train_pool, pool, seed)
-            images = {row["query_img_path"] for row in train + evaluation}
-            images |= {row["img_path"] for row in train_pool.rows + pool.rows}
-            folders = defaultdict(list)
-            for path in sorted(images - {None}):
-                folders[os.path.dirname(path)].append(path)
-            jobs = [(str(root), paths) for paths in folders.values()]
-            drawing = workers.map_async(write_images, jobs, chunksize=1)
+            images = workers.map_async(write_images, jobs, chunksize=1)
+            count = write_queries(root, world, train_pool, pool, seed)
             write_pools(root, train_pool, pool)
             write_instructions(root)
-            drawing.get()
+            images.get()
         draw_samples(root, world, root / "samples.png")
         root.rename(out)
     finally:
         shutil.rmtree(root, ignore_errors=True)
     return (
         f"{out}: {len(world.names):,} characters ({len(world.zero)} zero-shot), "
-        f"{len(world.relations):,} relations, {len(train):,} training queries, "
+        f"{len(world.relations):,} relations, {count:,} training queries, "
         f"{len(train_pool.rows):,} training and {len(pool.rows):,} test candidates"
     )
 

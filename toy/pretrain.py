@@ -1,8 +1,8 @@
 """Train tiny-qwen2-vl: the multimodal LLM that the laptop run prunes.
 
-It plays the part that Qwen's own pre-training plays for the paper: a real `Qwen2VLForConditionalGeneration`
-of 2.6 M parameters, trained generatively on GlyphBEIR's *training files* (so nothing held out is seen),
-never contrastively:
+It plays the part that Qwen's own pre-training plays for the paper: a real
+`Qwen2VLForConditionalGeneration` of 2.6 M parameters, trained generatively on GlyphBEIR's *training
+files* (so nothing held out is seen), never contrastively:
 
     python toy/pretrain.py                 # resumes by itself; writes toy/tiny-qwen2-vl
 
@@ -13,8 +13,9 @@ Half of each batch is question answering, half is the one-word prompt that PUMA 
     "latin small letter a plus acute"                     -> latin small letter a with acute
     item + "Summarize above image in one word: " + [RET]  -> any word of the name
 
-For the last kind the label is a distribution, 1/n on each of the n words of the name (the expectation
-over "any one word", instead of a draw). To predict it, the state at [RET] must hold the whole content.
+For the last kind the label is a distribution, 1/n on each of the n words of the name (the
+expectation over "any one word", instead of a draw). To predict it, the state at [RET] must hold the
+whole content.
 """
 
 import argparse
@@ -32,7 +33,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
-    AutoConfig,
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -57,7 +57,7 @@ from toy.glyph_beir import (  # noqa: E402
 
 VOCABULARY = 2048
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", RET]  # fmt: skip
+           "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", RET]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
@@ -83,7 +83,7 @@ class Corpus:
     def __init__(self, data):
         self.data = Path(data)
         pool = read_jsonl(self.data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
-        # A did's character is that of the last text candidate before it: pools list characters in turn.
+        # Pools list characters in turn: a did stands for the last text candidate before it.
         name_of, self.candidates = {}, {"text": [], "image": [], "image,text": []}
         for row in pool:
             name = row["txt"] if row["modality"] == "text" else name  # noqa: F821
@@ -115,7 +115,7 @@ class Corpus:
         return rng.choice(self.queries[kind])
 
     def sample_summary(self, rng):
-        """An item as retrieval will embed it (a query with an instruction, or a candidate) and its name."""
+        """A query with an instruction, or a candidate, as retrieval will embed it; and its name."""
         if rng.random() < 0.4:
             return rng.choice(self.candidates[rng.choice(list(self.candidates))])
         task = rng.choice([*self.queries, *EDIT_TASKS])  # edits are harder: twice as often
@@ -135,13 +135,14 @@ def make_tokenizer(corpus):
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )  # fmt: skip
+        vocab_size=VOCABULARY - len(SPECIAL), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     tokenizer.train_from_iterator(corpus.texts(), trainer)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         additional_special_tokens=SPECIAL[3:], padding_side="left", chat_template=TEMPLATE,
-    )  # fmt: skip
+    )
     wrapped.add_special_tokens({"additional_special_tokens": SPECIAL[1:]})
     return wrapped
 
@@ -154,7 +155,9 @@ def make_model(tokenizer, seed):
         text_config=dict(
             vocab_size=VOCABULARY, hidden_size=128, intermediate_size=384, num_hidden_layers=8,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-            rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0},
+            rope_parameters={
+                "rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0,
+            },
             bos_token_id=ids("<|endoftext|>"), eos_token_id=ids("<|im_end|>"),
             pad_token_id=ids("<|endoftext|>"), tie_word_embeddings=True,
         ),
@@ -165,7 +168,7 @@ def make_model(tokenizer, seed):
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     model = Qwen2VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = ids("<|im_end|>")
     model.generation_config.pad_token_id = ids("<|endoftext|>")
@@ -190,8 +193,8 @@ class CachedPUMA(PUMA):
 def answer_batch(puma, corpus, rng, size):
     """`size` questions with their answers appended, for next-token prediction.
 
-    Returns (batch, positions (rows, columns) of the M predicting states, labels (M, vocabulary), each
-    row a distribution). Answers and summaries differ in length, hence a batch of each.
+    Returns (batch, positions (rows, columns) of the M predicting states, labels (M, vocabulary),
+    each row a distribution). Answers and summaries differ in length, hence a batch of each.
     """
     end = puma.tokenizer.convert_tokens_to_ids("<|im_end|>")
     pairs = [corpus.sample_answer(rng) for _ in range(size)]
@@ -218,7 +221,7 @@ def summary_batch(puma, corpus, rng, size):
 
 
 def word_distribution(puma, name):
-    """{token: probability}: 1/n on each word of the name; a word of several tokens shares its 1/n."""
+    """{token: probability}: 1/n on each word of the name; the tokens of a word share its 1/n."""
     label = {}
     pieces = puma.tokenize([" " + word if word.isalpha() else word for word in words(name)])
     for tokens in pieces:
@@ -258,7 +261,7 @@ def train(corpus, puma, model, args):
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
         lr=args.lr, betas=(0.9, 0.98), fused=True,
-    )  # fmt: skip
+    )
     checkpoint = Path(args.work) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     first, history = 0, []
@@ -287,8 +290,10 @@ def train(corpus, puma, model, args):
         optimizer.step()
         optimizer.zero_grad()
         if step % 50 == 49:
-            history.append({"step": step + 1, "answer": round(answer.item(), 4),
-                            "summary": round(summary.item(), 4), "seconds": round(time.time() - started)})  # fmt: skip
+            history.append({
+                "step": step + 1, "answer": round(answer.item(), 4),
+                "summary": round(summary.item(), 4), "seconds": round(time.time() - started),
+            })
             bar.set_postfix(answer=f"{answer.item():.3f}", summary=f"{summary.item():.3f}")
         if step % 500 == 499 or step + 1 == args.steps:
             save_checkpoint(checkpoint, step + 1, model, optimizer, history)
@@ -315,7 +320,7 @@ def name_accuracy(model, puma, pairs, batch_size=256):
 
 
 def measure(folder, data):
-    """What the model card reports: naming accuracy on held-out faces, zero-shot retrieval by depth."""
+    """For the model card: naming accuracy on held-out faces, zero-shot retrieval by depth."""
     world = World()
     model = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     puma = PUMA.from_pretrained(folder)
@@ -334,7 +339,10 @@ def measure(folder, data):
     def read_out(batch):
         return layer_embeddings(puma, batch)
 
-    embedded = Embedded(benchmark, cells, "test", lambda items: puma.encode(items, forward=read_out))
+    def encode(items):
+        return puma.encode(items, forward=read_out)
+
+    embedded = Embedded(benchmark, cells, "test", encode)
     for layers in range(depth, 0, -1):
         result = score(cells, embedded.rank(cells, depth=layers))
         for split, average in (("seen", "average"), ("zero-shot", "average_zero")):
@@ -345,7 +353,7 @@ def measure(folder, data):
 
 
 def export(model, puma, history, args):
-    """Write the finished model as an ordinary transformers folder in bfloat16, with its model card."""
+    """Write the model as an ordinary transformers folder in bfloat16, with its model card."""
     out = Path(args.out)
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -364,8 +372,8 @@ def export(model, puma, history, args):
         f"    python toy/pretrain.py --steps {args.steps} --batch-size {args.batch_size} "
         f"--lr {args.lr} --seed {args.seed}",
         "",
-        f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside it). "
-        f"Final losses, nats, mean of the last 500 steps: "
+        f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside "
+        "it). Final losses, nats, mean of the last 500 steps: "
         f"answers {sum(h['answer'] for h in history[-10:]) / 10:.3f}, "
         f"one-word summaries {sum(h['summary'] for h in history[-10:]) / 10:.3f}.",
         "",
