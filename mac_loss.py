@@ -1,7 +1,7 @@
 """MAC-Loss: contrastive learning whose temperature depends on the negative's modality.
 
-Section "Modality-Adaptive Contrastive Learning" of PUMA (arXiv 2507.08064). This file needs torch
-and nothing else: copy it into your own training code.
+The Modality-Adaptive Contrastive Learning loss of PUMA (arXiv 2507.08064). This file needs torch and
+nothing else: copy it into your own training code.
 
     L_i    = -log  exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij)      s_ij = cos(query_i, target_j)
     tau_ij = tau_hard(t)  if modality(j) == modality(p)  else  tau    p = the positive of query i
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 
 def hard_temperature(temperature, progress, decay=0.5, round_digits=None):
-    """tau_hard at a given training progress (method: Section 3; paper: tau = 0.03, lambda = 0.5).
+    """tau_hard(t) of the equation above, at training progress t; lambda is `decay` (paper: 0.5).
 
     Starts at `temperature` (plain InfoNCE), falls over the first half of training to
     `temperature * exp(-decay)` and stays there. `progress` in [0, 1] is steps done / all steps

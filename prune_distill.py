@@ -1,9 +1,8 @@
 """Layer-pruned self-distillation: cut a decoder's upper layers, let them teach the lower ones.
 
-Section "Layer-Pruned Self-Distillation" of PUMA (arXiv 2507.08064). Works on any transformers
-language or vision-language model whose decoder is a list `.layers` followed by `.norm` (Qwen2-VL,
-Qwen2.5-VL, Qwen3-VL, Qwen2, Llama, ...) and on `puma.PUMA`; needs torch only, so it can be copied
-into your own code:
+From PUMA (arXiv 2507.08064). Works on `puma.PUMA` and on any transformers language or
+vision-language model whose decoder is a list `.layers` followed by `.norm` (Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL, Qwen2, Llama, ...); needs torch only, so it can be copied into your own code:
 
     teacher = AutoModel.from_pretrained("Qwen/Qwen2-VL-2B-Instruct")
     student = prune_layers(copy.deepcopy(teacher), keep=12)
@@ -165,7 +164,7 @@ def depth_costs(model, batch):
 
 @torch.inference_mode()
 def layer_report(model, queries, candidates, positives, k=5, batch_size=64):
-    """What each layer knows: read an untrained PUMA model out at every depth (paper: Section 3).
+    """What each layer knows: read an untrained PUMA model out at every depth (not in the paper).
 
     queries, candidates: items; positives: for each query the set of right candidate indices.
     Returns one dict a depth 0..L: `depth`, `hit_rate@k` of exact search, `cosine` (mean, of the
