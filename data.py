@@ -1,6 +1,4 @@
-"""Read M-BEIR: queries, candidate pools, relevance, instructions; compose training batches.
-
-Any directory in M-BEIR's format works, the real one or the one that toy/glyph_beir.py writes:
+"""Read M-BEIR, or any directory in its format, as toy/glyph_beir.py writes it; compose batches.
 
     query/{train,val,test}/mbeir_{dataset}_task{T}_{split}.jsonl       query/union_train/*.jsonl
     cand_pool/local/mbeir_{dataset}_task{T}_cand_pool.jsonl            cand_pool/global/*.jsonl
@@ -15,12 +13,12 @@ The files have gigabytes. In memory stay the byte offset of each line and a few 
 the line itself is parsed when its item is needed. Everything random follows from a seed.
 """
 
+import itertools
 import json
-import os
 import random
 import re
 from array import array
-from dataclasses import dataclass
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import torch
@@ -30,8 +28,7 @@ CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "te
 TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
-}
+    8: ("image,text", "image,text")}
 
 
 def did_key(did):
@@ -63,22 +60,11 @@ def modality_class(name):
 
 def make_item(root, text, image):
     """{"text", "image"} with the image's whole path, which may not leave the data root."""
-    if not all(isinstance(value, str | None) for value in (text, image)):
-        raise ValueError(f"expected text and image path as strings or null, got {text!r}, {image!r}")
-    if image and (os.path.isabs(image) or ".." in Path(image).parts):
+    if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
+        raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
+    if image and (Path(image).is_absolute() or ".." in Path(image).parts):
         raise ValueError(f"expected an image path inside the data directory, got {image!r}")
-    if not text and not image:
-        raise ValueError("expected a text or an image path, got neither")
     return {"text": text or None, "image": str(root / image) if image else None}
-
-
-def read_lines(path):
-    """(number, line) of each line of a text file that is not blank. ValueError: cannot read it."""
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read: {error}") from error
-    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def format_instruction(text):
@@ -87,42 +73,40 @@ def format_instruction(text):
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
 
-class Table:
-    """A JSON-lines file as a sequence of dictionaries, parsed one at a time.
+def parse_lines(path, parse, expected, header=0):
+    """Yield (byte offset, parse(line)) of the lines that are not blank, after `header` lines.
 
-    `columns(row)` checks a row and returns the integers to keep of it; `self.columns` has an array
-    for each. Raises ValueError "file:line: what was expected" at the first bad line.
+    What fails in `parse` becomes a ValueError "file:line: expected ...".
+    """
+    number = offset = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number > header and line.strip():
+                    yield offset, parse(line)
+                offset += len(line)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
+    except KeyError as error:
+        raise ValueError(f"{path}:{number}: expected a field {error}") from error
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{path}:{number}: expected {expected} ({error})") from error
+
+
+class Table:
+    """A JSON-lines file as a sequence of dictionaries, each parsed when it is asked for.
+
+    `columns(row)` checks a row and returns integers; `self.columns` keeps an array of each.
     """
 
-    def __init__(self, path, columns):
+    def __init__(self, path, columns, expected):
         self.path, self.starts, self.columns = Path(path), array("q"), None
-        position = 0
-        try:
-            with self.path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        self._add(position, line, columns)
-                    position += len(line)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot read: {error.strerror}") from error
-        except KeyError as error:
-            raise ValueError(f"{self.path}:{number}: expected a field {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{self.path}:{number}: {error}") from error
+        for offset, values in parse_lines(path, lambda line: columns(json.loads(line)), expected):
+            self.columns = self.columns or [array("q") for _ in values]
+            for column, value in zip([self.starts, *self.columns], [offset, *values]):
+                column.append(value)
         if not self.starts:
-            raise ValueError(f"{self.path}: expected at least one JSON line, found none")
-
-    def _add(self, position, line, columns):
-        try:
-            row = json.loads(line)
-        except ValueError:  # malformed JSON or UTF-8
-            row = line
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object, got {str(row)[:60]}")
-        values = columns(row)
-        self.columns = self.columns or [array("q") for _ in values]
-        for column, value in zip([self.starts, *self.columns], [position, *values]):
-            column.append(value)
+            raise ValueError(f"{path}: expected {expected} on each line, found no line")
 
     def __len__(self):
         return len(self.starts)
@@ -133,35 +117,26 @@ class Table:
             return json.loads(file.readline())
 
 
-class Pool:
-    """Candidates of one pool file. `keys[i]` is candidate i's did key, `modality[i]` its class."""
+class Pool(Table):
+    """A pool file as items; item i has the did key `keys[i]` and the class `modality[i]`."""
 
     def __init__(self, path, root):
         def columns(row):
-            make_item(root, row.get("txt"), row.get("img_path"))  # only to check it
+            make_item(root, row.get("txt"), row.get("img_path"))  # only to check
             return did_key(row["did"]), modality_class(row["modality"])
 
-        self.root, self.table = root, Table(path, columns)
-        self.keys, self.modality = self.table.columns
+        super().__init__(path, columns, "a candidate, a JSON object")
+        self.root, (self.keys, self.modality) = root, self.columns
         self.index = {key: i for i, key in enumerate(self.keys)}
 
-    def __len__(self):
-        return len(self.table)
-
     def __getitem__(self, i):
-        row = self.table[i]
+        row = super().__getitem__(i)
         return make_item(self.root, row.get("txt"), row.get("img_path"))
 
 
-@dataclass
-class Cell:
-    """One evaluation cell: the queries of a dataset and task, their relevance, their local pool."""
-
-    name: str  # "<dataset>_task<T>", with "zero_" in front for the zero-shot split
-    qids: list
-    items: list  # the queries, with instruction
-    relevant: list  # for each query the set of relevant did keys
-    pool_path: Path
+# One evaluation cell: its name, "<dataset>_task<T>" ("zero_" in front for the zero-shot split); of
+# each query the id, the item with instruction, the set of relevant did keys; its local pool's file.
+Cell = namedtuple("Cell", "name qids items relevant pool_path")
 
 
 class Benchmark:
@@ -170,44 +145,35 @@ class Benchmark:
     def __init__(self, root, seed=0):
         self.root, self.seed = Path(root), seed
         for folder in ("query", "cand_pool", "instructions"):
-            path = self.root / folder
-            if not path.is_dir():
-                raise ValueError(f"{self.root} is no M-BEIR directory: expected the folder {path}")
+            if not (self.root / folder).is_dir():
+                raise ValueError(f"{root} is no M-BEIR directory: expected the folder {folder}")
         self.prompts = self._read_prompts(self.root / "instructions/query_instructions.tsv")
 
     def _read_prompts(self, path):
         """{(query class, candidate class, dataset id): prompts} of the tab-separated file."""
-        prompts = {}
-        for number, line in read_lines(path)[1:]:
-            fields = [field.strip() for field in line.split("\t")]
-            try:
-                key = (modality_class(fields[0]), modality_class(fields[1]), int(fields[3]))
-                prompts[key] = [format_instruction(text) for text in fields[4:] if text]
-                prompts[key][0]  # IndexError if there is none
-            except (ValueError, IndexError) as error:
-                raise ValueError(
-                    f"{path}:{number}: expected query modality, candidate modality, name, dataset "
-                    f"id and prompts, separated by tabs ({error})") from error
-        return prompts
+        def parse(line):
+            query, candidate, _, dataset, *texts = map(str.strip, line.decode().split("\t"))
+            first, *more = [format_instruction(text) for text in texts if text]
+            return (modality_class(query), modality_class(candidate), int(dataset)), [first, *more]
 
-    def query_table(self, path, pool=None):
-        """Columns: qid key, modality class, key of the first positive (in `pool`, if given)."""
+        expected = "query modality, candidate modality, name, dataset id, prompts, tabs in between"
+        return dict(entry for _, entry in parse_lines(path, parse, expected, header=1))
+
+    def query_table(self, path):
+        """Columns: qid key, modality class, key of the first positive."""
         def columns(row):
-            make_item(self.root, row.get("query_txt"), row.get("query_img_path"))  # to check it
-            positives = did_keys(row["pos_cand_list"])
-            known = [key for key in positives if pool is None or key in pool.index]
-            if not known:
-                raise ValueError(f"expected a positive in the pool, got {did_text(positives[0])}")
-            return did_key(row["qid"]), modality_class(row["query_modality"]), known[0]
+            make_item(self.root, row.get("query_txt"), row.get("query_img_path"))  # only to check
+            first = did_keys(row["pos_cand_list"])[0]
+            return did_key(row["qid"]), modality_class(row["query_modality"]), first
 
-        return Table(path, columns)
+        return Table(path, columns, "a query, a JSON object")
 
     def query_item(self, row, target_class, salt=""):
         """A query's item; its instruction is drawn by query id and `salt` (official: unseeded)."""
         key = (modality_class(row["query_modality"]), target_class, did_key(row["qid"]) >> 40)
         if key not in self.prompts:
-            raise ValueError(f"{self.root}/instructions/query_instructions.tsv: expected a prompt for "
-                             f"dataset {key[2]}, {MODALITIES[key[0]]} -> {MODALITIES[key[1]]}")
+            raise ValueError(f"query_instructions.tsv: expected prompts for dataset {key[2]}, "
+                             f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
         item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
         return {**item, "instruction": prompt}
@@ -225,13 +191,13 @@ class Benchmark:
         if not match or int(match[2]) not in TASKS:
             raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
         name, target_class = match[1], modality_class(TASKS[int(match[2])][1])
-        table = self.query_table(path)
-        rows = [table[i] for i in range(len(table))[:limit]]
         pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
                  for part in ("", f"_{split}", "_test")]  # MSCOCO's has "_test" in it
-        pool = next((path for path in pools if path.exists()), None)
+        pool = next(filter(Path.exists, pools), None)
         if pool is None:
             raise ValueError(f"{pools[0]}: expected the candidate pool of {path.name}")
+        table = self.query_table(path)
+        rows = [table[i] for i in range(len(table))[:limit]]
         items = [self.query_item(row, target_class) for row in rows]
         relevant = self._relevant(rows, f"qrels/{split}/mbeir_{name}_{split}_qrels.txt")
         name = f"zero_{name}" if split == "zero" else name
@@ -239,18 +205,17 @@ class Benchmark:
 
     def _relevant(self, rows, qrels):
         """For each query its relevant did keys: of `qid 0 did 1 task` lines, else pos_cand_list."""
+        def parse(line):
+            qid, _, did, grade, *_ = line.decode().split()
+            return qid, did_key(did), int(grade)
+
         path = self.root / qrels
         if not path.exists():
             return [set(did_keys(row["pos_cand_list"])) for row in rows]
         relevant = {row["qid"]: set() for row in rows}
-        for number, line in read_lines(path):
-            try:
-                qid, _, did, grade, *_ = line.split()
-                if int(grade) > 0 and qid in relevant:
-                    relevant[qid].add(did_key(did))
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}:{number}: expected `qid 0 did 1 task`, got {line!r}") from error
+        for _, (qid, key, grade) in parse_lines(path, parse, "`qid 0 did 1 task`"):
+            if grade > 0 and qid in relevant:
+                relevant[qid].add(key)
         for qid, keys in relevant.items():
             if not keys:
                 raise ValueError(f"{path}: expected a relevant candidate for {qid}, found none")
@@ -258,9 +223,9 @@ class Benchmark:
 
     def global_pool_path(self, split):
         """The union pool; the zero-shot split shares the test pool. None if there is none."""
-        name = str(self.root / "cand_pool/global/mbeir_union_{}_cand_pool.jsonl")
-        paths = [Path(name.format(part)) for part in (split, "test")]
-        return next((path for path in paths if path.exists()), None)
+        folder = self.root / "cand_pool/global"
+        paths = [folder / f"mbeir_union_{part}_cand_pool.jsonl" for part in (split, "test")]
+        return next(filter(Path.exists, paths), None)
 
     def pool(self, path):
         return Pool(path, self.root)
@@ -269,32 +234,42 @@ class Benchmark:
 class TrainSet(torch.utils.data.Dataset):
     """Batches of (query, positive target) pairs; batch `s` is the same whenever it is asked for.
 
-    Each batch mixes `tasks_per_batch` of the (dataset, task) groups: negatives of the same task are
-    mostly intra-modality, those of other tasks inter-modality, and MAC-Loss needs both. Groups are
-    drawn by size; within a group every query comes once before any comes again. `labels`: use only
-    that many queries (0: all).
+    Each batch mixes `tasks_per_batch` of the (dataset, task) groups, drawn by size: negatives of
+    the same task are mostly intra-modality, others inter-modality, and MAC-Loss needs both. In a
+    group every query comes once before any comes again. `labels`: use only that many (0: all).
     """
 
     def __init__(self, benchmark, batch_size, steps, tasks_per_batch=3, seed=0, labels=0):
-        self.benchmark, self.seed = benchmark, seed
-        folder = benchmark.root / "query/union_train"
-        files = sorted(folder.glob("*.jsonl"))
+        self.benchmark, self.seed, root = benchmark, seed, benchmark.root
+        files = list(root.glob("query/union_train/*.jsonl"))
         if len(files) != 1:
-            raise ValueError(f"{folder}: expected one .jsonl file, found {len(files)}")
-        self.pool = benchmark.pool(
-            benchmark.root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
-        self.queries = benchmark.query_table(files[0], self.pool)
+            raise ValueError(f"{root}/query/union_train: expected 1 .jsonl file, got {len(files)}")
+        self.queries = benchmark.query_table(files[0])
+        self.pool = benchmark.pool(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
         qids, classes, positives = self.queries.columns
         rng = random.Random(seed)
         rows = rng.sample(range(len(qids)), len(qids))
         if labels:  # an up-sampled file repeats queries: count ids, not lines
             kept = set(list(dict.fromkeys(qids[i] for i in rows))[:labels])
             rows = [i for i in rows if qids[i] in kept]
-        groups = {}
+        groups = {}  # (dataset, query class, target class) -> rows
         for i in rows:
+            if positives[i] not in self.pool.index:
+                raise ValueError(f"{self.pool.path}: expected {did_text(positives[i])}, the first "
+                                 f"positive of query {did_text(qids[i])} in {files[0]}")
             target_class = self.pool.modality[self.pool.index[positives[i]]]
             groups.setdefault((qids[i] >> 40, classes[i], target_class), []).append(i)
-        self.schedule = list(_schedule(groups, batch_size, steps, tasks_per_batch, rng))
+        sizes, left = [len(rows) for rows in groups.values()], defaultdict(list)
+        self.schedule = []  # for each step the rows of its queries
+        for _ in range(steps):
+            chosen = {}  # groups without repetition
+            while len(chosen) < min(tasks_per_batch, len(groups)):
+                chosen |= dict.fromkeys(rng.choices(list(groups), sizes))
+            batch = array("q")
+            for name in itertools.islice(itertools.cycle(chosen), batch_size):
+                left[name] = left[name] or rng.sample(groups[name], len(groups[name]))
+                batch.append(left[name].pop())
+            self.schedule.append(batch)
 
     def __len__(self):
         return len(self.schedule)
@@ -317,35 +292,9 @@ class TrainSet(torch.utils.data.Dataset):
         }
 
 
-def _schedule(groups, batch_size, steps, tasks_per_batch, rng):
-    """For each step the rows of its queries; `groups` {name: rows}."""
-    names, sizes = list(groups), [len(rows) for rows in groups.values()]
-    left = {name: [] for name in names}
-    count = min(tasks_per_batch, len(names))
-    for _ in range(steps):
-        chosen = []
-        while len(chosen) < count:  # by size, without repetition
-            (name,) = rng.choices(names, sizes)
-            chosen += [name] * (name not in chosen)
-        batch = array("q")
-        for place in range(batch_size):
-            name = chosen[place % count]
-            if not left[name]:
-                left[name] = rng.sample(groups[name], len(groups[name]))
-            batch.append(left[name].pop())
-        yield batch
-
-
 def duplicate_mask(positive_keys, target_keys):
-    """(B, N) bool: is target j a listed positive of query i, and so no negative of it?
+    """(B, N) bool: target j is a listed positive of query i, its own included: no negative of it.
 
-    The official code keeps such columns as negatives; M-BEIR's up-sampled training set repeats
-    queries, so they occur. The query's own target is marked, too: `mac_loss` never leaves it out.
+    The official code counts them as negatives. M-BEIR's up-sampled training set repeats queries.
     """
-    columns = {}
-    for j, key in enumerate(target_keys.tolist()):
-        columns.setdefault(key, []).append(j)
-    mask = torch.zeros(len(positive_keys), len(target_keys), dtype=torch.bool)
-    for i, keys in enumerate(positive_keys):
-        mask[i, [j for key in keys for j in columns.get(key, ())]] = True
-    return mask
+    return torch.stack([torch.isin(target_keys, torch.tensor(keys)) for keys in positive_keys])

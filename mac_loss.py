@@ -1,6 +1,6 @@
 """MAC-Loss: contrastive learning whose temperature depends on the negative's modality.
 
-The Modality-Adaptive Contrastive Learning loss of PUMA (arXiv 2507.08064). This file needs torch and
+PUMA's Modality-Adaptive Contrastive Learning loss (arXiv 2507.08064). This file needs torch and
 nothing else: copy it into your own training code.
 
     L_i    = -log  exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij)      s_ij = cos(query_i, target_j)

@@ -1,0 +1,467 @@
+"""GlyphBEIR's files: M-BEIR's format, and that nothing held out is in a training file.
+
+What a line shows is derived from the line itself (code point in an image's path, name in a text),
+not from the generator, whose word on the splits is then checked against it.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import toy.glyph_beir as generator
+from toy.glyph_beir import World
+
+TASKS = {  # method.md, section 6
+    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
+    4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
+    8: ("image,text", "image,text"),
+}
+EDIT_TASKS = (1, 6, 7, 8)
+SPLITS = ("val", "test", "zero")
+HELD_OUT_FACES = {"Serif-Italic", "SansMono-Oblique", "Sans-BoldOblique"}
+TRAIN_FILES = (
+    "query/train/mbeir_glyph_train.jsonl",
+    "query/union_train/mbeir_union_up_train.jsonl",
+    "cand_pool/global/mbeir_union_train_cand_pool.jsonl",
+)
+JSONL_FILES = (
+    *TRAIN_FILES,
+    *(f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl" for split in ("val", "test")),
+    *(f"cand_pool/local/mbeir_glyph_task{task}_cand_pool.jsonl" for task in TASKS),
+    *(f"query/{split}/mbeir_glyph_task{task}_{split}.jsonl" for split in SPLITS for task in TASKS),
+)
+QRELS_FILES = tuple(
+    f"qrels/{split}/mbeir_glyph_task{task}_{split}_qrels.txt" for split in SPLITS for task in TASKS
+)
+
+
+class Files:
+    """The directory's lines: `train` and `queries[split, task]`; `train_pool` and `pool` by did."""
+
+    def __init__(self, root):
+        self.root = root
+        self.rows = {
+            name: [json.loads(line) for line in (root / name).open(encoding="utf-8")]
+            for name in JSONL_FILES
+        }
+        self.train = self.rows[TRAIN_FILES[0]]
+        self.queries = {
+            (split, task): self.rows[f"query/{split}/mbeir_glyph_task{task}_{split}.jsonl"]
+            for split in SPLITS
+            for task in TASKS
+        }
+        self.train_pool = {row["did"]: row for row in self.rows[TRAIN_FILES[2]]}
+        test_pool = self.rows["cand_pool/global/mbeir_union_test_cand_pool.jsonl"]
+        self.pool = {row["did"]: row for row in test_pool}
+
+    def target(self, query):
+        """The character that all positives of a query stand for."""
+        pool = self.train_pool if query["pos_cand_list"][0] in self.train_pool else self.pool
+        (char,) = {character(pool[did]) for did in query["pos_cand_list"]}
+        return char
+
+    def relation(self, query):
+        """The unordered pair of characters that an edit query relates."""
+        return frozenset((source(query), self.target(query)))
+
+
+@pytest.fixture(scope="module")
+def files(glyph_beir):
+    return Files(glyph_beir)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World(0)
+
+
+@pytest.fixture(scope="module")
+def second_build(glyph_beir, tmp_path_factory):
+    """Another build with the same seed, by the command line; its folder and what it printed."""
+    out = tmp_path_factory.mktemp("second") / "glyph_beir"
+    run = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return out, run.stdout
+
+
+def command(out):
+    return [sys.executable, "toy/glyph_beir.py", "--out", str(out)]
+
+
+def drawn(path):
+    """The character of an image, by the code point in its path."""
+    return chr(int(Path(path).stem, 16))
+
+
+def named(name):
+    """The character of a name, or None if it is no character's name."""
+    try:
+        char = unicodedata.lookup(name)
+    except KeyError:
+        return None
+    return char if unicodedata.name(char).lower() == name else None
+
+
+def character(candidate):
+    """The character that a candidate shows or names."""
+    return drawn(candidate["img_path"]) if candidate["img_path"] else named(candidate["txt"])
+
+
+def source(query):
+    """The character that a query shows or names, the one to be edited in tasks 1, 6, 7, 8."""
+    text = query["query_txt"]
+    if query["query_img_path"]:
+        return drawn(query["query_img_path"])
+    if query["task_id"] != 1:
+        return named(text)
+    parts = [text[match.end() :] for match in re.finditer(" form of ", text)]
+    parts += [text[: match.start()] for match in re.finditer(" plus | minus ", text)]
+    (char,) = {char for char in map(named, parts) if char}  # "plus sign plus ..." has one reading
+    return char
+
+
+def card_partners(card):
+    """The characters whose names a card tells, as its case partner."""
+    return [named(name) for name in re.findall(r"(?:capital|small) form ([^,]+)", card)]
+
+
+def face(path):
+    return Path(path).parent.name
+
+
+def images(rows):
+    """All image paths in query or candidate lines."""
+    paths = {row.get("img_path") or row.get("query_img_path") for row in rows}
+    return paths - {None}
+
+
+# The format.
+
+
+def test_the_directory_has_exactly_the_files_of_an_m_beir_directory(glyph_beir):
+    others = {"instructions/query_instructions.tsv", "samples.png"}
+    found = {
+        Path(folder, name).relative_to(glyph_beir).as_posix()
+        for folder, _, names in os.walk(glyph_beir)
+        for name in names
+        if "mbeir_images" not in folder
+    }
+    assert found == {*JSONL_FILES, *QRELS_FILES, *others}
+
+
+def test_query_lines_have_m_beirs_fields_and_types_and_their_tasks_modality(files):
+    everything = [(row, row["task_id"]) for row in files.train]
+    everything += [(row, task) for (_, task), rows in files.queries.items() for row in rows]
+    for row, task in everything:
+        assert set(row) == {
+            "qid", "query_txt", "query_img_path", "query_modality", "query_src_content",
+            "pos_cand_list", "neg_cand_list", "task_id",
+        }
+        assert re.fullmatch(r"10:\d+", row["qid"]) and row["query_src_content"] is None
+        assert row["task_id"] == task and row["query_modality"] == TASKS[task][0]
+        for modality, value in (("text", row["query_txt"]), ("image", row["query_img_path"])):
+            present = modality in row["query_modality"].split(",")
+            assert isinstance(value, str) and value if present else value is None, row
+        dids = row["pos_cand_list"] + row["neg_cand_list"]
+        assert row["pos_cand_list"] and all(re.fullmatch(r"10:\d+", did) for did in dids)
+        assert len(dids) == len(set(dids)), "a candidate is listed twice"
+    qids = [row["qid"] for row, _ in everything]
+    assert len(qids) == len(set(qids))
+
+
+def test_candidate_lines_have_m_beirs_fields_and_types(files):
+    for row in [*files.train_pool.values(), *files.pool.values()]:
+        assert set(row) == {"did", "txt", "img_path", "modality", "src_content"}
+        assert re.fullmatch(r"10:\d+", row["did"]) and row["src_content"] is None
+        for modality, value in (("text", row["txt"]), ("image", row["img_path"])):
+            present = modality in row["modality"].split(",")
+            assert isinstance(value, str) and value if present else value is None, row
+        assert character(row), row
+
+
+def test_dids_are_unique_and_local_pools_are_the_parts_of_the_global_one(files):
+    train, test = (files.rows[f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"]
+                   for split in ("train", "test"))
+    dids = [row["did"] for row in train + test]
+    assert len(dids) == len(set(dids))
+    assert files.rows["cand_pool/global/mbeir_union_val_cand_pool.jsonl"] == test
+    for task, (_, modality) in TASKS.items():
+        local = files.rows[f"cand_pool/local/mbeir_glyph_task{task}_cand_pool.jsonl"]
+        assert local == [row for row in test if row["modality"] == modality]
+
+
+def test_every_did_that_a_query_lists_is_in_its_pool_and_has_its_tasks_modality(files):
+    parts = [(files.train, files.train_pool), *((q, files.pool) for q in files.queries.values())]
+    for rows, pool in parts:
+        for row in rows:
+            for did in row["pos_cand_list"] + row["neg_cand_list"]:
+                assert pool[did]["modality"] == TASKS[row["task_id"]][1]
+
+
+def test_a_querys_positives_are_all_candidates_of_the_right_character_and_no_negative_is(files):
+    parts = [(files.train, files.train_pool), *((q, files.pool) for q in files.queries.values())]
+    all_of = defaultdict(list)
+    for pool in (files.train_pool, files.pool):
+        for did, row in pool.items():
+            all_of[id(pool), character(row), row["modality"]].append(did)
+    for rows, pool in parts:
+        for row in rows:
+            task, right = row["task_id"], files.target(row)
+            assert (right == source(row)) == (task not in EDIT_TASKS)
+            assert row["pos_cand_list"] == all_of[id(pool), right, TASKS[task][1]]
+            assert right not in {character(pool[did]) for did in row["neg_cand_list"]}
+
+
+def test_qrels_have_five_columns_and_agree_with_pos_cand_list(files):
+    for (split, task), rows in files.queries.items():
+        path = files.root / f"qrels/{split}/mbeir_glyph_task{task}_{split}_qrels.txt"
+        lines = [f"{r['qid']} 0 {did} 1 {task}" for r in rows for did in r["pos_cand_list"]]
+        assert path.read_text(encoding="utf-8").splitlines() == lines
+
+
+def test_each_task_has_several_instructions_under_a_dataset_id_that_m_beir_does_not_use(glyph_beir):
+    path = glyph_beir / "instructions/query_instructions.tsv"
+    header, *lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    assert header[:4] == ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
+    assert {(query, candidate) for query, candidate, *_ in lines} == set(TASKS.values())
+    assert len(lines) == len(TASKS)
+    for _, _, _, dataset, *prompts in lines:
+        assert int(dataset) not in range(10)
+        assert len(set(prompts)) >= 3 and all(prompts)
+
+
+def test_there_are_enough_queries(files, world):
+    assert len(files.train) >= 30_000
+    assert {row["task_id"] for row in files.train} == set(TASKS)
+    zero_edits = sum(bool(r.pair & world.zero) for r in world.relations)
+    for task in TASKS:
+        assert len(files.queries["test", task]) >= 500
+        assert len(files.queries["val", task]) >= 100
+        available = zero_edits if task in EDIT_TASKS else len(world.zero)
+        assert len(files.queries["zero", task]) == min(500, available) >= 300
+
+
+def test_every_referenced_image_exists_is_56_pixels_square_and_shows_something(files):
+    empty = {named("braille pattern blank"), named("object replacement character")}
+    paths = set().union(*map(images, files.rows.values()))
+    assert len(paths) > 25_000
+    for path in paths:
+        with Image.open(files.root / path) as image:
+            assert image.size == (56, 56) and image.format == "PNG"
+            darkest, _ = image.getextrema()
+        assert darkest < 255 or drawn(path) in empty, path
+
+
+def test_samples_png_is_a_picture(glyph_beir):
+    with Image.open(glyph_beir / "samples.png") as image:
+        image.load()
+        assert min(image.size) > 300
+
+
+# Hold-outs.
+
+
+def test_no_held_out_face_is_in_a_training_file(files):
+    held_out = {face(path) for rows in files.queries.values() for path in images(rows)}
+    held_out |= {face(path) for path in images(files.pool.values())}
+    assert held_out == HELD_OUT_FACES
+    trained = {face(path) for path in images(files.train) | images(files.train_pool.values())}
+    assert len(trained) == 9 and not trained & held_out
+    for name in TRAIN_FILES:
+        text = (files.root / name).read_text(encoding="utf-8")
+        assert not any(f"/{face}/" in text for face in held_out)
+
+
+def test_queries_and_targets_of_the_test_files_show_different_faces(files):
+    asked = {face(path) for rows in files.queries.values() for path in images(rows)}
+    assert not asked & {face(path) for path in images(files.pool.values())}
+
+
+@pytest.fixture(scope="module")
+def trained(files):
+    """Every character that a training file shows, names, asks for or tells the code point of."""
+    cards = [row["txt"] for row in files.train_pool.values() if row["modality"] == "image,text"]
+    return {
+        "drawn": {drawn(p) for p in images(files.train) | images(files.train_pool.values())},
+        "named": {named(row["txt"]) for row in files.train_pool.values() if not row["img_path"]},
+        "asked": {source(row) for row in files.train},
+        "wanted": {files.target(row) for row in files.train},
+        "partners": {char for card in cards for char in card_partners(card)},
+        "code points": {chr(int(card.split("code point ")[1].split(",")[0], 16)) for card in cards},
+    }
+
+
+def test_no_zero_shot_character_is_in_a_training_file(files, world, trained):
+    zero = {files.target(row) for task in (0, 2, 3, 4) for row in files.queries["zero", task]}
+    assert zero == world.zero and len(zero) >= 300
+    for where, chars in trained.items():
+        assert chars and None not in chars, where
+        assert not chars & zero, where
+    # Edit queries of this split touch such a character, those of the others never do.
+    for (split, task), rows in files.queries.items():
+        for row in rows:
+            assert bool({source(row), files.target(row)} & zero) == (split == "zero"), (split, task)
+
+
+def test_no_training_text_is_or_describes_a_zero_shot_characters_name(files, world):
+    """No whole text, no fact of a card, no name that a description starts from. (The mark in
+    "e plus tilde" is a word, though TILDE happens to be a zero-shot character as well.)"""
+    rows = [*files.train, *files.train_pool.values()]
+    texts = {row.get("query_txt") or row.get("txt") for row in rows} - {None}
+    parts = {part for text in texts for part in re.split(r", | form (?:of )?", text)} | texts
+    parts |= {part[: m.start()] for part in parts for m in re.finditer(" plus | minus ", part)}
+    assert len(parts & {world.names[char] for char in world.seen}) == len(world.seen)
+    assert not parts & {world.names[char] for char in world.zero}
+
+
+def test_no_held_out_relation_is_among_the_training_queries(files, world):
+    trained = {files.relation(row) for row in files.train if row["task_id"] in EDIT_TASKS}
+    assert len(trained) > 2000 and all(len(pair) == 2 for pair in trained)
+    for split in SPLITS:
+        tested = {
+            files.relation(row) for task in EDIT_TASKS for row in files.queries[split, task]
+        }
+        assert len(tested) > 100 and not tested & trained, split
+        # The generator's own list is longer than what was sampled into the files.
+        planned = {relation.pair for relation, s in world.relation_split.items() if s == split}
+        assert tested <= planned and not planned & trained, split
+
+
+def test_no_card_tells_a_held_out_relation_or_its_own_name(files):
+    held_out = {
+        files.relation(row)
+        for (_, task), rows in files.queries.items()
+        if task in EDIT_TASKS
+        for row in rows
+    }
+    told = set()
+    for row in [*files.train_pool.values(), *files.pool.values()]:
+        if row["modality"] == "image,text":
+            char = drawn(row["img_path"])
+            partners = card_partners(row["txt"])
+            assert None not in partners and char not in partners
+            assert row["txt"].count(" form ") == len(partners)
+            told |= {frozenset((char, partner)) for partner in partners}
+    assert len(told) > 200 and not told & held_out
+
+
+def test_names_of_zero_shot_characters_are_made_of_words_that_training_names_contain(files, world):
+    names = [row["txt"] for row in files.train_pool.values() if row["modality"] == "text"]
+    known = Counter(word for name in names for word in set(generator.words(name)))
+    for char in world.zero:
+        assert all(known[word] >= 2 for word in generator.words(world.names[char]))
+
+
+def test_pretraining_reads_training_files_only_and_never_shows_anything_held_out(
+    files, world, tmp_path
+):
+    from toy.pretrain import Corpus
+
+    faces = {face(path) for path in images(files.train_pool.values())} - HELD_OUT_FACES
+    for name in [*TRAIN_FILES, *(f"mbeir_images/glyph/{face}" for face in faces)]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(files.root / name)
+    corpus = Corpus(tmp_path)  # where nothing else can be read
+    seen, zero = ({world.names[char] for char in chars} for chars in (world.seen, world.zero))
+    held_out = {r.pair for r, split in world.relation_split.items() if split != "train"}
+    paths = {str(path) for path in tmp_path.glob("mbeir_images/glyph/*/*.png")}
+
+    def check(item, name, task=None):
+        assert name in seen and (item["image"] is None or item["image"] in paths)
+        chars = {named(name)} | {drawn(path) for path in {item["image"]} - {None}}
+        if task in EDIT_TASKS:
+            query = {"query_txt": item["text"], "query_img_path": item["image"], "task_id": task}
+            chars.add(source(query))
+        assert not chars & world.zero and item["text"] not in zero
+        assert frozenset(chars) not in held_out
+
+    for task, pairs in corpus.queries.items():
+        assert pairs
+        for item, name in pairs:
+            check(item, name, task)
+    for pairs in corpus.candidates.values():
+        for item, name in pairs:
+            check(item, name)
+    everything = [*corpus.queries.values(), *corpus.candidates.values()]
+    checked = {(item["image"], name) for pairs in everything for item, name in pairs}
+    rng = random.Random(0)
+    for _ in range(3000):  # what training draws consists of the items above
+        for item, name in (corpus.sample_answer(rng), corpus.sample_summary(rng)):
+            assert (item["image"], name) in checked
+            assert item["text"] not in zero and zero.isdisjoint([item.get("instruction")])
+    assert not zero & set(corpus.texts())
+
+
+# Building.
+
+
+def test_two_builds_with_the_same_seed_are_identical(glyph_beir, second_build):
+    other, _ = second_build
+    for name in [*JSONL_FILES, *QRELS_FILES, "instructions/query_instructions.tsv"]:
+        assert (glyph_beir / name).read_bytes() == (other / name).read_bytes(), name
+    paths, others = (sorted(str(p.relative_to(root)) for p in root.glob("mbeir_images/*/*/*.png"))
+                     for root in (glyph_beir, other))
+    assert paths == others
+    for path in paths[::40]:
+        assert (glyph_beir / path).read_bytes() == (other / path).read_bytes(), path
+
+
+def test_the_command_prints_one_line_of_counts(second_build):
+    out, printed = second_build
+    assert printed.count("\n") == 1
+    assert re.search(r"3,189 characters \(318 zero-shot\), 7,308 relations, 45,598 training queries"
+                     r", 34,908 training and 9,567 test candidates", printed), printed
+    assert str(out) in printed
+
+
+def test_another_seed_gives_other_splits_of_the_same_world(world):
+    again, other = World(0), World(1)
+    assert (again.zero, again.relation_split) == (world.zero, world.relation_split)
+    assert (other.names, other.relations) == (world.names, world.relations)
+    assert other.zero != world.zero and len(other.zero) == len(world.zero)
+    changed = sum(other.relation_split[r] != split for r, split in world.relation_split.items())
+    assert changed > 1000
+
+
+def test_an_existing_folder_is_left_alone_with_a_one_line_error_and_exit_status_2(tmp_path):
+    (tmp_path / "out").mkdir()
+    run = subprocess.run(command(tmp_path / "out"), cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.count("\n") == 1 and "out exists: remove it, or choose another" in run.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+def test_a_failed_build_leaves_nothing_and_gives_a_one_line_error(tmp_path, monkeypatch, capsys):
+    def fail(root, *_):
+        assert root.parent == tmp_path and root.name != "out"
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(generator, "write_pools", fail)  # queries and some images are written
+    monkeypatch.setattr(sys, "argv", ["glyph_beir.py", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        generator.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_leaves_no_out_folder(tmp_path):
+    run = subprocess.Popen(command(tmp_path / "out"), cwd=ROOT, start_new_session=True)
+    while not list(tmp_path.glob("out.tmp-*/mbeir_images/*/*")):  # workers draw images
+        assert run.poll() is None
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)  # the session made above: the build and its workers
+    assert run.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
