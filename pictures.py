@@ -14,10 +14,12 @@ from matplotlib import pyplot as plt  # noqa: E402
 def draw_curves(path, rows):
     """Losses and hard temperature over the steps of both stages; rows as in metrics.jsonl."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    for key, colour in (("contrastive", "tab:blue"), ("distill", "tab:orange")):
+    kinds = (("contrastive", "contrastive (nats)", "tab:blue"),
+             ("distill", "distillation (squared distance)", "tab:orange"))
+    for key, label, colour in kinds:
         points = [(step, row[key]) for step, row in enumerate(rows, 1) if row[key] is not None]
         if points:
-            left.plot(*zip(*points), color=colour, label=f"{key} loss", linewidth=1)
+            left.plot(*zip(*points), color=colour, label=label, linewidth=1)
     right.plot(range(1, len(rows) + 1), [row["hard_temperature"] for row in rows], color="tab:red",
                label="hard temperature")
     first = sum(row["stage"] == 1 for row in rows)
@@ -27,7 +29,7 @@ def draw_curves(path, rows):
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
         axis.legend()
-    left.set_ylabel("contrastive: nats; distill: squared distance")
+    left.set_ylabel("loss")
     right.set_ylabel("temperature")
     figure.tight_layout()
     figure.savefig(path, dpi=90)

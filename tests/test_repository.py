@@ -74,7 +74,8 @@ def test_every_option_named_in_the_text_exists():
 
 
 def test_every_link_of_the_readme_leads_to_a_file():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    links = re.findall(r"\]\(([^)]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    links = [link for link in links if "://" not in link]
     assert len(links) > 10
     for link in links:
         assert (ROOT / link).exists(), link

@@ -6,7 +6,7 @@ rendering is an image, its name is a caption, and names compose as captions do: 
 WITH ACUTE minus ACUTE, in CAPITAL, and so on. That is enough for all eight M-BEIR task types, with
 no download:
 
-    python toy/glyph_beir.py --out data/glyph_beir      # about 5 s on two cores
+    python toy/glyph_beir.py --out data/glyph_beir      # about 6 s on two cores
 
 writes a directory in M-BEIR's exact format (TIGER-Lab/M-BEIR), which data.py reads like the real
 one. One training example, as a student would say it:
