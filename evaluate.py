@@ -2,7 +2,7 @@
 
     python evaluate.py runs/puma-1/model                               # GlyphBEIR's test split
     python evaluate.py runs/puma-1/model --query "leftwards arrow with hook"
-    python evaluate.py runs/puma-1/model --image my_glyph.png --query "make it capital"
+    python evaluate.py runs/puma-1/model --image a.png --query "make it capital" --modality image
 
 The first prints hit rates for each cell (dataset and task), on its local pool (its own candidates)
 and on the global pool (all cells' candidates together, so that the modality must be right as well),
@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-from data import MODALITIES, Benchmark, did_text
+from data import MODALITIES, Benchmark, did_text, modality_class
 from pictures import draw_gallery
 from prune_distill import depth_costs
 from puma import PUMA, to_device
+from run import pick_device
 
 DEFAULT_DATA = "data/glyph_beir"
 CUTOFFS = (1, 5, 10)
@@ -256,17 +257,27 @@ def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
     return results
 
 
-def show(model, data, query, out, batch_size=64, k=10):
-    """Search the global test pool for an item; print the k best, draw the first five."""
+def show(model, data, query, out, batch_size=64, modality=None, k=10):
+    """Search the global test pool for an item; print the k best, draw the first five.
+
+    `modality`: only its candidates; the query then gets the benchmark's instruction for that task.
+    """
     benchmark = Benchmark(data)
     path = benchmark.global_pool_path("test")
     if path is None:
         raise ValueError(f"{data}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
     pool = benchmark.pool(path)
+    rows = list(range(len(pool)))
+    if modality:
+        wanted = modality_class(modality)
+        rows = [i for i in rows if pool.modality[i] == wanted]
+        own = modality_class(",".join(kind for kind in ("image", "text") if query[kind]))
+        prompts = [texts for key, texts in benchmark.prompts.items() if key[:2] == (own, wanted)]
+        query = {**query, "instruction": prompts[0][0] if prompts else None}
     vector = model.encode([query], show_progress=False)  # first, as a bad image should fail at once
-    vectors = model.encode([pool[i] for i in range(len(pool))], batch_size)
+    vectors = model.encode([pool[i] for i in rows], batch_size)
     scores, found = search(vector, vectors, k)
-    found = [(value, pool[i], MODALITIES[pool.modality[i]])
+    found = [(value, pool[rows[i]], MODALITIES[pool.modality[rows[i]]])
              for value, i in zip(scores[0].tolist(), found[0].tolist())]
     for rank, (value, item, kind) in enumerate(found, 1):
         print(f"{rank:>3}  {value:.3f}  {kind:<10}  {item['text'] or ''}  {item['image'] or ''}")
@@ -284,25 +295,26 @@ def main():
     option("--out", help="folder for the results, must not exist; default: results/<model>")
     option("--query", help="search for this text instead of evaluating")
     option("--image", help="search for this image; with --query for both together")
+    option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--batch-size", type=int, default=64, help="items embedded at a time")
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    option("--device", default="", help="torch device; default: cuda if there is one")
     args = parser.parse_args()
     try:
         if args.out and Path(args.out).exists():
             raise ValueError(f"--out {args.out} exists: choose another folder")
         out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
         ensure_data(args.data)
-        model = PUMA.from_pretrained(args.model, device=args.device)
+        model = PUMA.from_pretrained(args.model, device=pick_device(args.device))
         if args.query or args.image:
             query = {"text": args.query, "image": args.image}
-            show(model, args.data, query, out, args.batch_size)
+            show(model, args.data, query, out, args.batch_size, args.modality)
         else:
             evaluate(model, args.data, args.split, out, args.batch_size, args.limit,
                      args.popularity_penalty)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
 
 

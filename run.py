@@ -109,6 +109,16 @@ class Run:
         torch.set_rng_state(state["random"])
 
 
+def pick_device(name):
+    """The torch device of that name; cuda or else cpu for "". ValueError if it is not there."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
 def measure_peak(device, size=2048):
     """Operations a second of a large matrix product: the practical peak of this machine."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -37,7 +37,7 @@ from mac_loss import hard_temperature, mac_loss
 from pictures import draw_curves, draw_gallery
 from prune_distill import distill_loss, layer_embeddings, prune_layers
 from puma import PUMA, to_device
-from run import Run
+from run import Run, pick_device
 
 
 def arg(default, why):
@@ -317,7 +317,7 @@ def prepare(config):
 
 def train(config):
     config, folder = prepare(config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = pick_device(config.device)
     torch.manual_seed(config.seed)
     evaluate.ensure_data(config.data)
     benchmark = Benchmark(config.data, config.seed)
@@ -348,11 +348,13 @@ def train(config):
 
 def main():
     parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    (config,) = parser.parse_args_into_dataclasses()
+    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         train(config)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as stop:
         print(f"stopped{stop}", file=sys.stderr)

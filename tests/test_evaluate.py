@@ -144,10 +144,14 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
 
 def test_a_search_prints_ten_candidates_and_draws_them(monkeypatch, capsys, tmp_path, glyph_beir):
     model = PUMA.from_pretrained(MODEL, keep_layers=1)
-    evaluate.show(model, glyph_beir, {"text": "latin small letter a"}, tmp_path / "s")
+    query = {"text": "latin small letter a", "image": None}
+    evaluate.show(model, glyph_beir, query, tmp_path / "s")
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines[:10]] == list(range(1, 11))
     assert (tmp_path / "s/search.png").stat().st_size > 5_000
+    evaluate.show(model, glyph_beir, {"text": "a", "image": None}, tmp_path / "s", modality="image")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in lines[:10]] == ["image"] * 10
 
 
 def test_dids_survive_the_way_through_keys():

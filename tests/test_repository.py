@@ -68,7 +68,7 @@ def test_every_option_named_in_the_text_exists():
 
     names = {f"--{name.replace('_', '-')}" for name in Config.__dataclass_fields__}
     known = names | {f"--no-{name[2:]}" for name in names}
-    known |= {"--help", "--query", "--image", "--popularity-penalty", "--measure"}
+    known |= {"--help", "--query", "--image", "--popularity-penalty", "--measure", "--modality"}
     for option in re.findall(r"`(--[a-z0-9-]+)", README):
         assert option in known, option
 

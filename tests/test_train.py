@@ -245,7 +245,9 @@ def test_bad_input_gives_one_line_exit_status_2_and_no_folder(
         (arguments(glyph_beir, taken), "taken exists: choose another"),
         (arguments(glyph_beir, out, model=tmp_path), "expected"),
         (arguments(glyph_beir, out, batch_size=0), "--batch-size must be greater than 0, got 0"),
+        (arguments(glyph_beir, out, device="nonsense"), "--device nonsense: "),
         (["--resume", tmp_path], "config.json"),
+        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
     ]
     for argv, message in cases:
         with pytest.raises(SystemExit) as stop:
