@@ -11,17 +11,21 @@ A query line names its positives by did; a candidate line with that did is the t
 
 The files have gigabytes. In memory stay the byte offset of each line and a few integers a line;
 the line itself is parsed when its item is needed. Everything random follows from a seed.
+
+    python data.py DIR        # check a whole directory, images included, and count what is in it
 """
 
 import itertools
-import json
 import random
 import re
 from array import array
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from lines import Table, parse_lines
 
 MODALITIES = ("text", "image", "image,text", "video", "video,text")  # index = modality class
 CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
@@ -31,9 +35,12 @@ TASKS = {  # task id -> (query modality, candidate modality)
     8: ("image,text", "image,text")}
 
 
+DID = re.compile(r"([0-9]{1,6}):([0-9]{1,12})")
+
+
 def did_key(did):
     """`9:77` (dataset 9, number 77) -> one integer, so that a million dids fit into an array."""
-    match = re.fullmatch(r"(\d{1,6}):(\d{1,12})", did) if isinstance(did, str) else None
+    match = DID.fullmatch(did) if isinstance(did, str) else None
     if not match:
         raise ValueError(f'expected an id like "9:77", got {did!r}')
     return int(match[1]) << 40 | int(match[2])
@@ -58,13 +65,31 @@ def modality_class(name):
     return CLASSES[name]
 
 
-def make_item(root, text, image):
-    """{"text", "image"} with the image's whole path, which may not leave the data root."""
+def check_content(text, image):
+    """Raise ValueError unless there is a text or an image, whose path may not leave the root."""
     if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
         raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
-    if image and (Path(image).is_absolute() or ".." in Path(image).parts):
+    if image and (image.startswith("/") or ".." in image and ".." in image.split("/")):
         raise ValueError(f"expected an image path inside the data directory, got {image!r}")
+
+
+def make_item(root, text, image):
+    """{"text", "image"} with the image's whole path; ValueError as in `check_content`."""
+    check_content(text, image)
     return {"text": text or None, "image": str(root / image) if image else None}
+
+
+def query_columns(row):
+    """A query's row, checked -> qid key, modality class, key of the first positive."""
+    check_content(row.get("query_txt"), row.get("query_img_path"))
+    first = did_keys(row["pos_cand_list"])[0]
+    return did_key(row["qid"]), modality_class(row["query_modality"]), first
+
+
+def candidate_columns(row):
+    """A candidate's row, checked -> did key, modality class."""
+    check_content(row.get("txt"), row.get("img_path"))
+    return did_key(row["did"]), modality_class(row["modality"])
 
 
 def format_instruction(text):
@@ -73,61 +98,21 @@ def format_instruction(text):
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
 
-def parse_lines(path, parse, expected, header=0):
-    """Yield (byte offset, parse(line)) of the lines that are not blank, after `header` lines.
-
-    What fails in `parse` becomes a ValueError "file:line: expected ...".
-    """
-    number = offset = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if number > header and line.strip():
-                    yield offset, parse(line)
-                offset += len(line)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot read: {error.strerror}") from error
-    except KeyError as error:
-        raise ValueError(f"{path}:{number}: expected a field {error}") from error
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{path}:{number}: expected {expected} ({error})") from error
-
-
-class Table:
-    """A JSON-lines file as a sequence of dictionaries, each parsed when it is asked for.
-
-    `columns(row)` checks a row and returns integers; `self.columns` keeps an array of each.
-    """
-
-    def __init__(self, path, columns, expected):
-        self.path, self.starts, self.columns = Path(path), array("q"), None
-        for offset, values in parse_lines(path, lambda line: columns(json.loads(line)), expected):
-            self.columns = self.columns or [array("q") for _ in values]
-            for column, value in zip([self.starts, *self.columns], [offset, *values]):
-                column.append(value)
-        if not self.starts:
-            raise ValueError(f"{path}: expected {expected} on each line, found no line")
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, index):
-        with self.path.open("rb") as file:
-            file.seek(self.starts[index])
-            return json.loads(file.readline())
-
-
 class Pool(Table):
     """A pool file as items; item i has the did key `keys[i]` and the class `modality[i]`."""
 
     def __init__(self, path, root):
-        def columns(row):
-            make_item(root, row.get("txt"), row.get("img_path"))  # only to check
-            return did_key(row["did"]), modality_class(row["modality"])
-
-        super().__init__(path, columns, "a candidate, a JSON object")
+        super().__init__(path, candidate_columns, "qb", "a candidate, a JSON object")
         self.root, (self.keys, self.modality) = root, self.columns
-        self.index = {key: i for i, key in enumerate(self.keys)}
+        # A dictionary of 5.6 million keys would take 700 MB; their order takes 45.
+        self.order = np.argsort(np.asarray(self.keys), kind="stable")
+
+    def find(self, keys):
+        """did keys -> (N,) array of their indices, -1 where the pool has no such candidate."""
+        own, wanted = np.asarray(self.keys), np.asarray(keys, dtype=np.int64)
+        places = np.searchsorted(own, wanted, sorter=self.order).clip(max=len(own) - 1)
+        found = self.order[places]
+        return np.where(own[found] == wanted, found, -1)
 
     def __getitem__(self, i):
         row = super().__getitem__(i)
@@ -143,7 +128,7 @@ class Benchmark:
     """An M-BEIR directory. Raises ValueError naming the file, the line and what was expected."""
 
     def __init__(self, root, seed=0):
-        self.root, self.seed = Path(root), seed
+        self.root, self.seed, self.tables = Path(root), seed, {}
         for folder in ("query", "cand_pool", "instructions"):
             if not (self.root / folder).is_dir():
                 raise ValueError(f"{root} is no M-BEIR directory: expected the folder {folder}")
@@ -160,13 +145,10 @@ class Benchmark:
         return dict(entry for _, entry in parse_lines(path, parse, expected, header=1))
 
     def query_table(self, path):
-        """Columns: qid key, modality class, key of the first positive."""
-        def columns(row):
-            make_item(self.root, row.get("query_txt"), row.get("query_img_path"))  # only to check
-            first = did_keys(row["pos_cand_list"])[0]
-            return did_key(row["qid"]), modality_class(row["query_modality"]), first
-
-        return Table(path, columns, "a query, a JSON object")
+        """A file's queries. A file that both stages train on is read once, and so are pools."""
+        if path not in self.tables:
+            self.tables[path] = Table(path, query_columns, "qbq", "a query, a JSON object")
+        return self.tables[path]
 
     def query_item(self, row, target_class, salt=""):
         """A query's item; its instruction is drawn by query id and `salt` (official: unseeded)."""
@@ -192,10 +174,10 @@ class Benchmark:
             raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
         name, target_class = match[1], modality_class(TASKS[int(match[2])][1])
         pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
-                 for part in ("", f"_{split}", "_test")]  # MSCOCO's has "_test" in it
+                 for part in (f"_{split}", "", "_test")]  # MSCOCO has one of each: see method.md
         pool = next(filter(Path.exists, pools), None)
         if pool is None:
-            raise ValueError(f"{pools[0]}: expected the candidate pool of {path.name}")
+            raise ValueError(f"{pools[1]}: expected the candidate pool of {path.name}")
         table = self.query_table(path)
         rows = [table[i] for i in range(len(table))[:limit]]
         items = [self.query_item(row, target_class) for row in rows]
@@ -228,7 +210,9 @@ class Benchmark:
         return next(filter(Path.exists, paths), None)
 
     def pool(self, path):
-        return Pool(path, self.root)
+        if path not in self.tables:
+            self.tables[path] = Pool(path, self.root)
+        return self.tables[path]
 
 
 class TrainSet(torch.utils.data.Dataset):
@@ -246,19 +230,8 @@ class TrainSet(torch.utils.data.Dataset):
             raise ValueError(f"{root}/query/union_train: expected 1 .jsonl file, got {len(files)}")
         self.queries = benchmark.query_table(files[0])
         self.pool = benchmark.pool(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
-        qids, classes, positives = self.queries.columns
         rng = random.Random(seed)
-        rows = rng.sample(range(len(qids)), len(qids))
-        if labels:  # an up-sampled file repeats queries: count ids, not lines
-            kept = set(list(dict.fromkeys(qids[i] for i in rows))[:labels])
-            rows = [i for i in rows if qids[i] in kept]
-        groups = {}  # (dataset, query class, target class) -> rows
-        for i in rows:
-            if positives[i] not in self.pool.index:
-                raise ValueError(f"{self.pool.path}: expected {did_text(positives[i])}, the first "
-                                 f"positive of query {did_text(qids[i])} in {files[0]}")
-            target_class = self.pool.modality[self.pool.index[positives[i]]]
-            groups.setdefault((qids[i] >> 40, classes[i], target_class), []).append(i)
+        groups = self._groups(rng, labels)
         sizes, left = [len(rows) for rows in groups.values()], defaultdict(list)
         self.schedule = []  # for each step the rows of its queries
         for _ in range(steps):
@@ -267,9 +240,27 @@ class TrainSet(torch.utils.data.Dataset):
                 chosen |= dict.fromkeys(rng.choices(list(groups), sizes))
             batch = array("q")
             for name in itertools.islice(itertools.cycle(chosen), batch_size):
-                left[name] = left[name] or rng.sample(groups[name], len(groups[name]))
+                if not left[name]:
+                    left[name] = array("q", shuffled(groups[name], rng).tobytes())
                 batch.append(left[name].pop())
             self.schedule.append(batch)
+
+    def _groups(self, rng, labels):
+        """{(dataset, query class, target class) as one integer: its rows, shuffled}."""
+        qids, classes, positives = map(np.asarray, self.queries.columns)
+        found = self.pool.find(positives)
+        for row in np.flatnonzero(found < 0)[:1]:
+            raise ValueError(
+                f"{self.pool.path}: expected {did_text(int(positives[row]))}, the first positive "
+                f"of query {did_text(int(qids[row]))} in {self.queries.path}")
+        rows = shuffled(np.arange(len(qids)), rng)
+        if labels:  # an up-sampled file repeats queries: count ids, not lines
+            known, first = np.unique(qids[rows], return_index=True)
+            rows = rows[np.isin(qids[rows], known[first.argsort()[:labels]])]
+        targets = np.asarray(self.pool.modality)[found]
+        group = ((qids >> 40) * 64 + classes * np.int64(8) + targets)[rows]
+        names, first = np.unique(group, return_index=True)
+        return {name: rows[group == name] for name in names[first.argsort()].tolist()}
 
     def __len__(self):
         return len(self.schedule)
@@ -280,8 +271,8 @@ class TrainSet(torch.utils.data.Dataset):
         rng = random.Random(f"{self.seed}-{step}")
         rows = [self.queries[i] for i in self.schedule[step]]
         positives = [did_keys(row["pos_cand_list"]) for row in rows]
-        index = self.pool.index
-        picked = [rng.choice([index[key] for key in keys if key in index]) for keys in positives]
+        found = [self.pool.find(keys) for keys in positives]
+        picked = [rng.choice(indices[indices >= 0].tolist()) for indices in found]
         classes = [self.pool.modality[i] for i in picked]
         return {
             "queries": [self.benchmark.query_item(*row, step) for row in zip(rows, classes)],
@@ -290,6 +281,11 @@ class TrainSet(torch.utils.data.Dataset):
             "target_keys": torch.tensor([self.pool.keys[i] for i in picked]),
             "positive_keys": positives,
         }
+
+
+def shuffled(values, rng):
+    """An array in random order. Of Python's generator, whose numbers no later version changes."""
+    return values[rng.sample(range(len(values)), len(values))]
 
 
 def duplicate_mask(positive_keys, target_keys):

@@ -1,6 +1,7 @@
 """The M-BEIR reader on small hand-written directories; method.md, section 6."""
 
 import json
+import random
 import re
 from collections import Counter
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import data
-from data import Benchmark, Table, TrainSet, did_key, did_text, duplicate_mask
+from data import Benchmark, TrainSet, did_key, did_text, duplicate_mask
+from lines import Table
 
 HEADER = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3"
 INSTRUCTIONS = [
@@ -134,11 +136,29 @@ def test_a_pool_gives_items_keys_and_modality_classes_and_no_instruction(directo
     pool = benchmark.pool(directory / "cand_pool/local/mbeir_oven_task6_cand_pool.jsonl")
     assert [did_text(key) for key in pool.keys] == ["5:9", "5:10", "6:2"]
     assert [data.MODALITIES[i] for i in pool.modality] == ["text", "text", "image,text"]
-    assert len(pool) == 3 and pool.index[did_key("5:10")] == 1
+    assert len(pool) == 3 and pool.find([did_key("5:10")]).tolist() == [1]
     assert pool[0] == {"text": "Crane (bird)", "image": None}
     assert pool[2] == {"text": "Crane", "image": str(directory / "crane.jpg")}
     empty_text = benchmark.pool(directory / LOCAL)[2]
     assert empty_text == {"text": None, "image": str(directory / "mbeir_images/3.jpg")}
+
+
+def test_a_pool_finds_what_it_holds_as_a_dictionary_would(tmp_path):
+    rng = random.Random(0)
+    dids = [f"{rng.randrange(12)}:{rng.randrange(40)}" for _ in range(200)]  # many of them twice
+    write(tmp_path / "pool.jsonl", [candidate(did, "text") for did in dids])
+    index = {did_key(did): i for i, did in reversed(list(enumerate(dids)))}  # the first one counts
+    wanted = [did_key(f"{a}:{b}") for a in range(13) for b in range(41)]
+    found = data.Pool(tmp_path / "pool.jsonl", tmp_path).find(wanted)
+    assert found.tolist() == [index.get(key, -1) for key in wanted]
+    assert 100 < (found < 0).sum() < 400
+
+
+def test_both_stages_share_the_files_that_one_benchmark_has_read(directory):
+    benchmark = Benchmark(directory)
+    one, other = (TrainSet(benchmark, batch_size=2, steps=1, seed=seed) for seed in (0, 1))
+    assert one.queries is other.queries and one.pool is other.pool
+    assert Benchmark(directory).pool(directory / UNION_POOL) is not one.pool
 
 
 def test_limit_reads_the_first_queries_of_each_cell(directory):
@@ -167,8 +187,11 @@ def test_without_a_qrels_file_the_listed_positives_are_relevant_here_of_two_data
 def test_mscocos_pool_is_found_under_its_own_name(directory):
     path = cells(directory)["mscoco_task0"].pool_path
     assert path.name == "mbeir_mscoco_task0_test_cand_pool.jsonl"
+    # The usual name exists as well, and holds the training images: not what is to be searched.
     write(path.with_name("mbeir_mscoco_task0_cand_pool.jsonl"), [candidate("9:4", image="4.jpg")])
-    path = cells(directory)["mscoco_task0"].pool_path  # the usual name goes first
+    assert cells(directory)["mscoco_task0"].pool_path == path
+    path.unlink()
+    path = cells(directory)["mscoco_task0"].pool_path
     assert path.name == "mbeir_mscoco_task0_cand_pool.jsonl"
 
 
@@ -188,8 +211,8 @@ def test_a_table_keeps_offsets_and_integers_and_parses_a_line_only_when_asked(
     write(tmp_path / "t.jsonl", [{"n": n, "text": "ö" * n} for n in range(50)])
     parsed = []
     loads = json.loads
-    monkeypatch.setattr(data.json, "loads", lambda line: parsed.append(line) or loads(line))
-    table = Table(tmp_path / "t.jsonl", lambda row: (row["n"], -row["n"]), "a row")
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    table = Table(tmp_path / "t.jsonl", lambda row: (row["n"], -row["n"]), "qb", "a row")
     assert len(table) == 50 and len(parsed) == 50
     assert [list(column) for column in table.columns] == [list(range(50)),
                                                           list(range(0, -50, -1))]
@@ -200,13 +223,13 @@ def test_a_table_keeps_offsets_and_integers_and_parses_a_line_only_when_asked(
     (tmp_path / "t.jsonl").write_bytes(content)
     assert table[7]["n"] == 8
     kept = [table.starts, *table.columns]
-    assert all(type(column).__name__ == "array" and column.itemsize == 8 for column in kept)
+    assert [column.itemsize for column in kept] == [8, 8, 1]
     assert set(vars(table)) == {"path", "starts", "columns"}
 
 
 def test_blank_lines_are_skipped(tmp_path):
     write(tmp_path / "t.jsonl", ["", '{"n": 1}\r', "  ", '{"n": 2}', "", ""])
-    table = Table(tmp_path / "t.jsonl", lambda row: (row["n"],), "a row")
+    table = Table(tmp_path / "t.jsonl", lambda row: (row["n"],), "q", "a row")
     assert [table[i] for i in range(len(table))] == [{"n": 1}, {"n": 2}]
 
 
