@@ -41,7 +41,7 @@ def hard_temperature(temperature, progress, decay=0.5, round_digits=None):
 
 
 def mac_loss(query, target, modality, temperature, hard_temperature, *, positive=None,
-             duplicate=None, positive_temperature="hard", reduction="mean"):
+             duplicate=None, positive_temperature="hard", intra_offset=0.0, reduction="mean"):
     """Contrastive loss with one temperature per kind of negative; see the module's docstring.
 
     query (B, D), target (N, D): embeddings of any scale, normalised here. Half precision is
@@ -54,15 +54,14 @@ def mac_loss(query, target, modality, temperature, hard_temperature, *, positive
     query's own positive always counts. (Official code: none are left out.)
     positive_temperature: "hard" as in the official code, where the positive, having its own
     modality, gets tau_hard; "base" for the other reading of the formula, which gives it tau.
+    intra_offset: m, added to the logits of intra-modality negatives: each then weighs e^m times as
+    much, also at one temperature for all (not in the paper).
     reduction: "mean", "sum" or "none" (one loss a query, (B,)).
     Returns the loss in nats. Raises ValueError that names the offending shape or value.
     """
     positive = _check(query, target, modality, temperature, hard_temperature, positive, duplicate)
-    if positive_temperature not in ("hard", "base"):
-        got = repr(positive_temperature)
-        raise ValueError(f"positive_temperature must be 'hard' or 'base', got {got}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    _check_choice("positive_temperature", positive_temperature, ("hard", "base"))
+    _check_choice("reduction", reduction, ("mean", "sum", "none"))
 
     # No autocast: bfloat16 has 3 digits, and logits reach 1 / tau.
     with torch.autocast(query.device.type, enabled=False):
@@ -82,11 +81,19 @@ def mac_loss(query, target, modality, temperature, hard_temperature, *, positive
             if positive_temperature == "base":
                 ratio = torch.ones_like(logits).scatter(1, own, hard_temperature / temperature)
                 logits = logits * ratio
+            if intra_offset:
+                offset = (modality == kind).to(dtype) * intra_offset
+                logits = logits + offset.expand_as(logits).scatter(1, own, 0.0)
             if duplicate is not None:
                 logits = logits.masked_fill(duplicate[rows].scatter(1, own, False), -math.inf)
             loss = F.cross_entropy(logits, own.squeeze(1), reduction="none")
             losses = losses.index_put((rows,), loss)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check(query, target, modality, temperature, hard_temperature, positive, duplicate):

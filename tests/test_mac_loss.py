@@ -16,7 +16,7 @@ TAU, TAU_HARD = 0.3, 0.2  # far enough apart to be told apart, high enough for e
 
 
 def slow_losses(query, target, modality, tau, tau_hard, positive=None, duplicate=None,
-                positive_temperature="hard"):
+                positive_temperature="hard", intra_offset=0.0):
     """L_i = -log exp(s_ip / tau_ip) / sum_j exp(s_ij / tau_ij), one number at a time: (B,)."""
     losses = []
     for i in range(len(query)):
@@ -30,7 +30,8 @@ def slow_losses(query, target, modality, tau, tau_hard, positive=None, duplicate
             tau_ij = tau_hard if modality[j] == modality[p] else tau
             if j == p and positive_temperature == "base":
                 tau_ij = tau
-            term = torch.exp(cosine / tau_ij)
+            offset = intra_offset if j != p and modality[j] == modality[p] else 0.0
+            term = torch.exp(cosine / tau_ij + offset)
             denominator = denominator + term
             if j == p:
                 numerator = term
@@ -59,11 +60,13 @@ def gradients(loss, *inputs):
 @pytest.mark.parametrize("positive_temperature", ["hard", "base"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("columns", ["default", "given"])
-def test_values_and_gradients_equal_a_double_loop(columns, masked, positive_temperature):
+@pytest.mark.parametrize("intra_offset", [0.0, 0.7])
+def test_values_and_gradients_equal_a_double_loop(columns, masked, positive_temperature,
+                                                  intra_offset):
     query, target, modality, positive, duplicate = random_case()
     options = {"positive": positive if columns == "given" else None,
                "duplicate": duplicate if masked else None,
-               "positive_temperature": positive_temperature}
+               "positive_temperature": positive_temperature, "intra_offset": intra_offset}
     fast = mac_loss(query, target, modality, TAU, TAU_HARD, reduction="none", **options)
     slow = slow_losses(query, target, modality, TAU, TAU_HARD, **options)
     assert fast.dtype == torch.float64
@@ -78,7 +81,7 @@ def test_the_two_readings_the_mask_and_the_columns_all_change_the_loss():
     """So that the double-loop test above cannot pass by ignoring one of its arguments."""
     query, target, modality, positive, duplicate = random_case()
     options = [{}, {"positive": positive}, {"duplicate": duplicate},
-               {"positive_temperature": "base"}]
+               {"positive_temperature": "base"}, {"intra_offset": 0.7}]
     values = [mac_loss(query, target, modality, TAU, TAU_HARD, **o).item() for o in options]
     values.append(mac_loss(query, target, modality, TAU, TAU).item())
     assert len({round(value, 6) for value in values}) == len(values), values
@@ -300,7 +303,7 @@ MISTAKES = {
     "duplicate transposed": ({"duplicate": torch.zeros(3, 2).bool()}, r"\(2, 3\) bool.*\(3, 2\)"),
     "duplicate in integers": ({"duplicate": torch.zeros(2, 3).int()}, r"\(2, 3\) torch.int32"),
     "unknown reading": ({"positive_temperature": "soft"}, r"'hard' or 'base', got 'soft'"),
-    "unknown reduction": ({"reduction": "max"}, r"'mean', 'sum' or 'none', got 'max'"),
+    "unknown reduction": ({"reduction": "max"}, r"'mean' or 'sum' or 'none', got 'max'"),
 }
 
 
