@@ -77,7 +77,7 @@ class PUMA(nn.Module):
         cuts instruction + text (paper: 450). `dtype`: float32 on a CPU, bfloat16 on a GPU.
         Raises ValueError if `keep_layers` is out of range or the folder is not a complete model.
         """
-        _check_folder(name_or_path)
+        check_folder(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"{name_or_path} is a {config.model_type}, not Qwen2-VL or Qwen2.5-VL")
@@ -319,7 +319,7 @@ def to_device(batch, device):
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def _check_folder(name_or_path):
+def check_folder(name_or_path):
     """ValueError if a local folder lacks a part of a model. A hub id looks like "Qwen/Qwen2-VL"."""
     folder = Path(name_or_path)
     if not folder.exists() and (len(folder.parts) != 2 or folder.parent.exists()):

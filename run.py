@@ -1,9 +1,11 @@
 """A training run's folder: config.json, metrics.jsonl, checkpoints/, and its stop signals.
 
-`train.py` writes through this; nothing here knows the method. A checkpoint is written beside its
+`train.py` writes through this; nothing here knows the method. Of several processes (torchrun) only
+the first one writes. A checkpoint is written beside its
 final name and renamed when whole, so that neither a kill nor a full disk harms the one before.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -15,12 +17,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import distributed
+from distributed import pick_device  # noqa: F401
+
 
 class Run:
     """One run's folder, opened or made. `stopping` is True after Ctrl-C or SIGTERM."""
 
-    def __init__(self, folder, device):
-        self.folder = Path(folder)
+    def __init__(self, folder, device, keep_checkpoints=2):
+        self.folder, self.keep_checkpoints = Path(folder), keep_checkpoints
+        self.writes = distributed.rank() == 0
         self.checkpoints = self.folder / "checkpoints"
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.metrics = self.folder / "metrics.jsonl"
@@ -45,18 +51,22 @@ class Run:
             with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # the one it can count
                 with FlopCounterMode(display=False) as counter:
                     step()
-            self.flops[stage] = counter.get_total_flops() / items
+            self.flops[stage] = counter.get_total_flops() / (items / distributed.world_size())
 
     def log(self, row, items, started, bar):
         """One line in metrics.jsonl; loss, items a second and MFU on the progress bar.
 
-        MFU (model FLOPs utilisation): operations a second over those of a large matrix product.
+        `items`: of all processes. MFU (model FLOPs utilisation): operations a second over those of
+        a large matrix product.
         """
+        if not self.writes:
+            return
         row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
         row["samples_per_s"] = items / (time.perf_counter() - started)
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        mfu = self.flops[row["stage"]] * row["samples_per_s"] / self.peak
+        peak = self.peak * distributed.world_size()
+        mfu = self.flops[row["stage"]] * row["samples_per_s"] / peak
         bar.set_postfix(
             loss=f"{row['loss']:.3f}", samples_s=f"{row['samples_per_s']:.0f}", mfu=f"{mfu:.0%}"
         )
@@ -69,7 +79,10 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def save(self, model, optimizer, schedule, stage, step):
-        """Trainable weights (safetensors), optimizer, schedule, random state. Keeps two."""
+        """Trainable weights (safetensors), optimizer, schedule, each process's random state."""
+        states = distributed.gather_objects(random_state())
+        if not self.writes:
+            return
         name = f"stage{stage}-step{step:06d}"
         temporary = self.checkpoints / f"{name}.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -77,10 +90,10 @@ class Run:
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         save_file(weights, temporary / "model.safetensors")
         state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        torch.save({**state, "random": torch.get_rng_state()}, temporary / "state.pt")
+        torch.save({**state, "random": states}, temporary / "state.pt")
         shutil.rmtree(self.checkpoints / name, ignore_errors=True)
         temporary.rename(self.checkpoints / name)
-        for old in self._saved()[:-2]:
+        for old in self._saved()[: -self.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _saved(self):
@@ -96,7 +109,10 @@ class Run:
             name = self._saved()[-1].name
             stage, step = int(name[5]), int(name[-6:])
         kept = [row for row in self.rows() if (row["stage"], row["step"]) <= (stage, step)]
-        self.metrics.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        if self.writes:
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            temporary.replace(self.metrics)
         return stage, step
 
     def load_weights(self, model):
@@ -106,17 +122,26 @@ class Run:
         state = torch.load(self._saved()[-1] / "state.pt", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"])
+        set_random_state(state["random"][distributed.rank() % len(state["random"])])
 
 
-def pick_device(name):
-    """The torch device of that name; cuda or else cpu for "". ValueError if it is not there."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    return device
+def random_state():
+    """The state of torch's random numbers, on CPU and GPUs."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+
+
+def set_random_state(state):
+    torch.set_rng_state(state[0])
+    if len(state[1]) == torch.cuda.device_count():  # else resumed on another machine
+        torch.cuda.set_rng_state_all(state[1])
+
+
+@contextlib.contextmanager
+def replayed(state):
+    """Inside, random draws repeat those made after `random_state()` was taken."""
+    with torch.random.fork_rng():
+        set_random_state(state)
+        yield
 
 
 def measure_peak(device, size=2048):

@@ -3,6 +3,7 @@
     python train.py                                                  # tiny-qwen2-vl, GlyphBEIR, CPU
     python train.py --model Qwen/Qwen2-VL-2B-Instruct --data /data/M-BEIR --keep-layers 12 \\
         --batch-size 600 --chunk-size 50                             # one GPU
+    torchrun --nproc_per_node=4 train.py --preset paper-7b --data /data/M-BEIR     # four of them
 
     stage 1:  L = (1 - w) * InfoNCE(tau = 0.05) + w * L_distill      w = 0.1 in the paper
     stage 2:  L = MAC-Loss(tau = 0.03, tau_hard(t))                  t = step / steps
@@ -11,76 +12,34 @@ The teacher of stage 1 is the unpruned model itself, frozen. Both losses act on 
 `[RET]` states of a batch of (query, target) pairs. Everything goes to the run folder `runs/puma-N`:
 config.json, metrics.jsonl (one object a step), curves.png, checkpoints/, model/ (an ordinary
 transformers folder), results.json, gallery.png. `--resume runs/puma-N` continues a stopped run.
+Every setting stands in settings.py, with its reason.
 
 Read `train_stage` (the loop), `training_step` (one step), `stage_losses` (the formulas).
-Shapes: B pairs, hence 2B items a step; D width.
+Shapes: B pairs, hence 2B items a step, shared by W processes (1 without torchrun); D width.
 """
 
-import contextlib
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
-from transformers.hf_argparser import HfArg
+from transformers import get_cosine_schedule_with_warmup
 
+import distributed
 import evaluate
+import memory
 from data import Benchmark, TrainSet, duplicate_mask
 from mac_loss import hard_temperature, mac_loss
 from pictures import draw_curves, draw_gallery
-from prune_distill import distill_loss, layer_embeddings, prune_layers
+from prune_distill import distill_loss, find_decoder, layer_embeddings, prune_layers
 from puma import PUMA, to_device
-from run import Run, pick_device
-
-
-def arg(default, why):
-    return HfArg(default=default, help=why)
-
-
-@dataclass
-class Config:
-    """Every setting of a run, with its reason; the command line has one option for each."""
-
-    model: str = arg("toy/tiny-qwen2-vl", "MLLM to prune: folder or hub id (paper: Qwen2-VL-7B)")
-    data: str = arg(evaluate.DEFAULT_DATA, "M-BEIR directory; GlyphBEIR is written there if absent")
-    out: str = arg("", "run folder, must not exist; default: the next free runs/puma-N")
-    keep_layers: int = arg(4, "decoder layers to keep (paper: 12 of 28; here: 4 of 8)")
-    keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
-    stage1_steps: int = arg(40, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
-    stage2_steps: int = arg(320, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
-    batch_size: int = arg(128, "pairs a step (paper: 288 in stage 1, 600 in stage 2, on 4 GPUs)")
-    chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
-    tasks_per_batch: int = arg(3, "tasks in a batch, several so that both kinds of negatives occur")
-    lr: float = arg(2e-3, "peak learning rate (paper, LoRA: 2e-4, 3e-4; here all weights, tiny)")
-    warmup: float = arg(0.03, "share of a stage's steps with rising learning rate (paper: 0.03)")
-    weight_decay: float = arg(0.0, "AdamW's weight decay (paper: 0)")
-    stage1_temperature: float = arg(0.05, "InfoNCE temperature of stage 1 (paper: 0.05)")
-    temperature: float = arg(0.03, "tau of stage 2 (paper: 0.03)")
-    decay: float = arg(0.5, "lambda: tau_hard falls to tau * exp(-lambda) (paper: 0.5)")
-    loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")
-    positive_temperature: Literal["hard", "base"] = arg("hard", "positive's tau (official: hard)")
-    mask_duplicates: bool = arg(True, "another right target is no negative (official: it is one)")
-    teacher: str = arg("", "teacher of stage 1; default: the unpruned model, as in the paper")
-    distill_weight: float = arg(0.1, "w: share of L_distill in stage 1 (paper: 0.1)")
-    distill_scale: float = arg(1.0, "factor in L_distill (official: 0.05, too little to act here)")
-    distill_modalities: Literal["all", "text"] = arg("all", "text: items without image (official)")
-    labels: int = arg(0, "use only so many labelled queries, to study few labels; 0: all")
-    max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
-    max_text_tokens: int = arg(450, "instruction + text are cut there (paper: 450)")
-    workers: int = arg(1, "processes that prepare batches; on a GPU 4 or more keep ahead of it")
-    checkpoint_every: int = arg(200, "steps between checkpoints; the last two are kept")
-    seed: int = arg(0, "batches, instructions and choice of positives follow from it")
-    resume: str = arg("", "run folder to continue; all else comes from its config.json")
-    device: str = arg("", "torch device; default: cuda if there is one")
-    eval: bool = arg(True, "evaluate at the end: the MLLM, the pruned MLLM and PUMA")
-
+from run import Run, random_state, replayed
+from settings import Config, parse
 
 # ---- the method ----------------------------------------------------------------------------------
 
@@ -92,11 +51,13 @@ def stage_losses(states, teacher_states, batch, stage, progress, config):
     """
     query, target = states.chunk(2)
     tau = config.stage1_temperature if stage == 1 else config.temperature
+    progress = progress if config.schedule else 1.0
     mac = stage == 2 and config.loss == "mac"
     tau_hard = hard_temperature(tau, progress, config.decay) if mac else tau  # equal: InfoNCE
     contrastive = mac_loss(query, target, batch["modality"], tau, tau_hard,
                            duplicate=batch.get("duplicate"),
-                           positive_temperature=config.positive_temperature)
+                           positive_temperature=config.positive_temperature,
+                           intra_offset=(stage == 2) * config.intra_offset * min(1, 2 * progress))
     losses = {"contrastive": contrastive, "distill": None, "hard_temperature": tau_hard}
     if teacher_states is None:
         return {"loss": contrastive, **losses}
@@ -110,37 +71,41 @@ def stage_losses(states, teacher_states, batch, stage, progress, config):
 def training_step(student, teacher, batch, losses_of, grad_cache=False):
     """Embed 2B items chunk by chunk, compute the losses, leave gradients behind; -> the losses.
 
-    `batch["chunks"]` hold items of similar length, so that little is padding; `batch["order"]`
-    brings their states back to queries, then targets. With `grad_cache`, memory is that of one
-    chunk (Gao et al., 2021): the loss L depends on the weights only through the states h, so
+    `batch["chunks"]` hold this process's items, those of similar length together, so that little
+    is padding; `batch["order"]` brings the states of all processes to queries, then targets. The
+    loss L depends on the weights only through the states h, so the gradient is taken in two parts,
         dL/dweights = sum over chunks  dL/dh_chunk . dh_chunk/dweights.
-    The first factor needs all states, but no graph behind them. For the second, each chunk is
-    embedded again, with its graph and the same dropout. The price is one more forward pass.
+    The first factor needs the states of all chunks and processes, but no graph behind them.
+    With `grad_cache` (Gao et al., 2021) no graph is kept for the second, either: each chunk is
+    embedded once more, with its graph and the same dropout. Memory is then that of one chunk,
+    however large the batch; the price is one more forward pass.
     """
     chunks, order = batch["chunks"], batch["order"]
     visuals = [student.visual_tokens(chunk) for chunk in chunks]  # frozen tower: once for both
     teacher_states = None
     if teacher is not None:
         with torch.no_grad():
-            teacher_states = torch.cat([teacher(c, v) for c, v in zip(chunks, visuals)])[order]
-    if not grad_cache:
-        states = torch.cat([student(c, v) for c, v in zip(chunks, visuals)])
-        losses = losses_of(states[order], teacher_states)
-        losses["loss"].backward()
-        return losses
+            parts = [teacher(chunk, visual) for chunk, visual in zip(chunks, visuals)]
+        teacher_states = distributed.gather(torch.cat(parts))[order]
 
     draws, parts = [], []
-    with torch.no_grad():
+    with torch.set_grad_enabled(not grad_cache):
         for chunk, visual in zip(chunks, visuals):
-            draws.append(random_state())
+            draws += [random_state()] if grad_cache else []
             parts.append(student(chunk, visual))
-    states = torch.cat(parts).requires_grad_()
+        own = torch.cat(parts)
+    states = distributed.gather(own).requires_grad_()
     losses = losses_of(states[order], teacher_states)
     losses["loss"].backward()  # fills states.grad with dL/dh
-    gradients = states.grad.split([len(part) for part in parts])
-    for chunk, visual, draw, gradient in zip(chunks, visuals, draws, gradients):
-        with replayed(draw):
-            student(chunk, visual).backward(gradient)
+    gradient = distributed.own_part(states.grad)
+    if grad_cache:
+        gradients = gradient.split([len(part) for part in parts])
+        for chunk, visual, draw, part in zip(chunks, visuals, draws, gradients):
+            with replayed(draw):
+                student(chunk, visual).backward(part)
+    else:
+        own.backward(gradient)
+    distributed.sum_gradients(student.parameters())
     return losses
 
 
@@ -148,15 +113,18 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
     """Do the steps first..len(dataset) of one stage; `first` > 0 continues from the checkpoint."""
     steps = len(dataset)
     weights = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, betas=(0.9, 0.98), eps=1e-7,
-                                  weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(weights, lr=config.of_stage(stage, "lr"), betas=(0.9, 0.98),
+                                  eps=1e-7, weight_decay=config.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
     if first:
         run.load_state(optimizer, schedule)
     student.train()
+    if config.lora_rank:
+        memory.set_dropout(student, config.of_stage(stage, "lora_dropout"))
     loader = DataLoader(Subset(dataset, range(first, steps)), batch_size=None,
                         collate_fn=Batcher(student, config), num_workers=config.workers)
-    bar = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step")
+    bar = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step",
+               disable=distributed.rank() > 0)
     started = time.perf_counter()
     for step, batch in enumerate(bar, first):
         batch = move(batch, student.device)
@@ -177,9 +145,10 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm}
         run.log(row | {"masked_duplicates": batch["masked_duplicates"]}, items, started, bar)
         started = time.perf_counter()
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or run.stopping:
+        stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one rank only
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
             run.save(student, optimizer, schedule, stage, step + 1)
-        if run.stopping:
+        if stopping:
             raise KeyboardInterrupt(f"; continue with: python train.py --resume {run.folder}")
 
 
@@ -187,16 +156,23 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
 
 
 class Batcher:
-    """TrainSet's pairs -> what `training_step` takes. Runs in the loader's worker processes."""
+    """TrainSet's pairs -> what `training_step` takes. Runs in the loader's worker processes.
+
+    Every process reads the pairs of the whole batch, which are small, and opens the images of its
+    own share: every W-th of the items by length, so that all have the same work.
+    """
 
     def __init__(self, model, config):
         self.model, self.config = model, config
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
 
     def __call__(self, pairs):
         items = pairs["queries"] + pairs["targets"]
-        order = sorted(range(len(items)), key=lambda i: self.model.length(items[i]))
+        by_length = sorted(range(len(items)), key=lambda i: self.model.length(items[i]))
+        shares = [by_length[rank :: self.world_size] for rank in range(self.world_size)]
+        own, order = shares[self.rank], sum(shares, [])
         size = self.config.chunk_size or 64
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        chunks = [own[start : start + size] for start in range(0, len(own), size)]
         text_only = self.config.distill_modalities == "text"
         batch = {
             "chunks": [self.model.collate([items[i] for i in chunk]) for chunk in chunks],
@@ -217,19 +193,6 @@ def move(batch, device):
     return {**batch, **to_device(tensors, device), "chunks": chunks}
 
 
-def random_state():
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
-
-
-@contextlib.contextmanager
-def replayed(state):
-    """Inside, random draws repeat those made after `random_state()` was taken."""
-    with torch.random.fork_rng():
-        torch.set_rng_state(state[0])
-        torch.cuda.set_rng_state_all(state[1])
-        yield
-
-
 def autocast(device):
     """bfloat16 matrix products on GPUs. (On a CPU a prototype gained 6 % from them at toy size.)"""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -239,12 +202,27 @@ def autocast(device):
 
 
 def load_student(config, device):
-    """The pruned model, in float32 because it is trained."""
+    """The pruned model; float32 if all its weights are trained, else the device's usual dtype."""
     keep = None if config.keep_last else config.keep_layers
-    student = load(config, config.model, device, keep_layers=keep, dtype=torch.float32)
+    dtype = None if config.lora_rank else torch.float32
+    student = load(config, config.model, device, keep_layers=keep, dtype=dtype)
     if config.keep_last:
         prune_layers(student, config.keep_layers, keep_last=True)
     return student
+
+
+def prepare_training(config, student):
+    """Adapters and gradient checkpointing, where asked for; -> peft's tuner or None."""
+    adapters = None
+    if config.lora_rank:
+        adapters = memory.add_lora(student, config.lora_rank, config.lora_alpha,
+                                   config.lora_dropout)
+    if config.gradient_checkpointing:
+        decoder = find_decoder(student)
+        decoder.activation_checkpointing_enable()
+        # The last layer computes one position, by hooks that are gone when it would be recomputed.
+        decoder.layers[-1].gradient_checkpointing = False
+    return adapters
 
 
 def load(config, name, device, **options):
@@ -253,7 +231,7 @@ def load(config, name, device, **options):
 
 
 def load_teacher(config, student, device):
-    """The frozen teacher of stage 1, sharing the student's vision tower; None without stage 1."""
+    """The frozen teacher of stage 1, or None without; shares the student's frozen parts."""
     if not config.stage1_steps or not config.distill_weight:
         return None
     teacher = load(config, config.teacher or config.model, device)
@@ -261,6 +239,9 @@ def load_teacher(config, student, device):
     if not all(k in own and torch.equal(own[k].to(v), v) for k, v in other.items()):
         raise ValueError(f"--teacher {config.teacher} has another vision tower than {config.model}")
     teacher.backbone.visual = student.backbone.visual
+    table, other = (model.backbone.get_input_embeddings() for model in (student, teacher))
+    if torch.equal(table.weight.to(other.weight.dtype), other.weight):
+        teacher.backbone.set_input_embeddings(table)
     return teacher.requires_grad_(False).eval()
 
 
@@ -303,10 +284,12 @@ def prepare(config):
         if not path.is_file():
             raise ValueError(f"--resume {config.resume}: expected the file {path}")
         return Config(**json.loads(path.read_text(encoding="utf-8"))), path.parent
-    for name in ("batch_size", "tasks_per_batch", "checkpoint_every", "temperature", "lr"):
-        if getattr(config, name) <= 0:
-            value = getattr(config, name)
-            raise ValueError(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+    config.check()
+    for stage in (1, 2):
+        items, world_size = 2 * config.of_stage(stage, "batch_size"), distributed.world_size()
+        if items % world_size:
+            raise ValueError(f"the {items} items of a batch cannot be shared by {world_size}: "
+                             f"--batch-size must be a multiple of {world_size}")
     if config.out and Path(config.out).exists():
         raise ValueError(f"--out {config.out} exists: choose another, or continue with --resume")
     number = 1
@@ -316,20 +299,30 @@ def prepare(config):
 
 
 def train(config):
-    config, folder = prepare(config)
-    device = pick_device(config.device)
+    device = distributed.start(config.device)
+    main_process = distributed.rank() == 0
+    # One process looks for a free folder and writes the default data; the others wait for it.
+    prepared = prepare(config) if main_process else None
+    config, folder = distributed.gather_objects(prepared)[0]
+    if main_process:
+        evaluate.ensure_data(config.data)
+        memory.report(config, device)
+    distributed.barrier()
     torch.manual_seed(config.seed)
-    evaluate.ensure_data(config.data)
     benchmark = Benchmark(config.data, config.seed)
     student = load_student(config, device)
     teacher = load_teacher(config, student, device)
-    sets = [TrainSet(benchmark, config.batch_size, steps, config.tasks_per_batch,
-                     seed=2 * config.seed + stage, labels=config.labels)
-            for stage, steps in enumerate((config.stage1_steps, config.stage2_steps))]
+    adapters = prepare_training(config, student)
+    sets = [TrainSet(benchmark, config.of_stage(stage, "batch_size"), steps,
+                     config.tasks_per_batch, seed=2 * config.seed + stage - 1, labels=config.labels)
+            for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1)]
+    torch.manual_seed(config.seed + distributed.rank())  # each process draws its own dropout
 
-    run = Run(folder, device)  # bad arguments and data have been refused by now, leaving no folder
-    evaluate.write_json(folder / "config.json", asdict(config))
-    print(f"{folder}: {device}, {run.peak / 1e9:.0f} GFLOP/s in a large matrix product", flush=True)
+    run = Run(folder, device, config.keep_checkpoints)  # bad input was refused, leaving no folder
+    if main_process:
+        evaluate.write_json(folder / "config.json", asdict(config))
+        print(f"{folder}: {distributed.world_size()} x {device}, {run.peak / 1e9:.0f} GFLOP/s in a "
+              "large matrix product", flush=True)
     start = run.position()
     if start != (1, 0):
         run.load_weights(student)
@@ -338,6 +331,11 @@ def train(config):
         if stage >= start[0] and first < len(dataset):
             train_stage(stage, student, teacher, dataset, config, run, first)
         teacher = None  # stage 2 has none: free its memory
+    if not main_process:
+        return
+    distributed.stop()
+    if adapters is not None:
+        adapters.merge_and_unload()
     if run.rows():
         draw_curves(folder / "curves.png", run.rows())
     student.save_pretrained(folder / "model")
@@ -347,10 +345,7 @@ def train(config):
 
 
 def main():
-    parser = HfArgumentParser(Config, description=__doc__.split("\n")[0])
-    config, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    config = parse(description=__doc__.split("\n")[0])
     try:
         train(config)
     except (ValueError, OSError) as error:
@@ -359,6 +354,8 @@ def main():
     except KeyboardInterrupt as stop:
         print(f"stopped{stop}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""Every setting of a training run, with its reason, and the presets; `train.py`'s command line.
+
+    python train.py --help                              # each field, its default, its reason
+    python train.py --preset paper-2b --keep-layers 8   # the paper's numbers, one of them changed
+
+The command line has one option for each field of `Config`. A preset changes defaults, so that any
+field can still be overridden.
+"""
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from evaluate import DEFAULT_DATA
+
+
+def arg(default, why):
+    return HfArg(default=default, help=why)
+
+
+@dataclass
+class Config:
+    """The settings of a run. `PRESETS["toy"]` is these defaults."""
+
+    preset: Literal["toy", "paper-2b", "paper-7b"] = arg("toy", "where the other defaults are from")
+    model: str = arg("toy/tiny-qwen2-vl", "MLLM to prune: folder or hub id (paper: Qwen2-VL-7B)")
+    data: str = arg(DEFAULT_DATA, "M-BEIR directory; GlyphBEIR is written there if absent")
+    out: str = arg("", "run folder, must not exist; default: the next free runs/puma-N")
+    keep_layers: int = arg(4, "decoder layers to keep (paper: 12 of 28; here: 4 of 8)")
+    keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
+    # the two stages
+    stage1_steps: int = arg(40, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
+    stage2_steps: int = arg(320, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
+    batch_size: int = arg(128, "pairs a step, of all processes together (paper: 600)")
+    stage1_batch_size: int = arg(0, "pairs a step in stage 1 (paper: 288); 0: as in stage 2")
+    chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
+    tasks_per_batch: int = arg(3, "tasks in a batch, several so that both kinds of negatives occur")
+    lr: float = arg(2e-3, "peak learning rate (paper, LoRA: 3e-4; here all weights, tiny)")
+    stage1_lr: float = arg(0.0, "peak learning rate of stage 1 (paper: 2e-4); 0: as in stage 2")
+    warmup: float = arg(0.03, "share of a stage's steps with rising learning rate (paper: 0.03)")
+    weight_decay: float = arg(0.0, "AdamW's weight decay (paper: 0)")
+    labels: int = arg(0, "use only so many labelled queries, to study few labels; 0: all")
+    # the losses
+    stage1_temperature: float = arg(0.05, "InfoNCE temperature of stage 1 (paper: 0.05)")
+    temperature: float = arg(0.03, "tau of stage 2 (paper: 0.03)")
+    decay: float = arg(0.5, "lambda: tau_hard falls to tau * exp(-lambda) (paper: 0.5)")
+    schedule: bool = arg(True, "tau_hard falls with training progress; off: low from the start")
+    loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")
+    positive_temperature: Literal["hard", "base"] = arg("hard", "positive's tau (official: hard)")
+    intra_offset: float = arg(0.0, "m added to intra-modality logits, ramped (not in the paper)")
+    mask_duplicates: bool = arg(True, "another right target is no negative (official: it is one)")
+    teacher: str = arg("", "teacher of stage 1; default: the unpruned model, as in the paper")
+    distill_weight: float = arg(0.1, "w: share of L_distill in stage 1 (paper: 0.1)")
+    distill_scale: float = arg(1.0, "factor in L_distill (official: 0.05, too little to act here)")
+    distill_modalities: Literal["all", "text"] = arg("all", "text: items without image (official)")
+    # memory: what is trained, what is kept
+    lora_rank: int = arg(0, "LoRA on every linear of the decoder (paper: 128); 0: all its weights")
+    lora_alpha: float = arg(256, "LoRA's scale: alpha / rank (paper: 256)")
+    lora_dropout: float = arg(0.1, "LoRA's dropout in stage 2 (paper: 0.1)")
+    stage1_lora_dropout: float = arg(0.05, "LoRA's dropout in stage 1 (paper: 0.05)")
+    gradient_checkpointing: bool = arg(False, "recompute layers in the backward pass: less memory")
+    max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
+    max_text_tokens: int = arg(450, "instruction + text are cut there (paper: 450)")
+    # the run
+    workers: int = arg(1, "processes that prepare batches; on a GPU 4 or more keep ahead of it")
+    checkpoint_every: int = arg(200, "steps between checkpoints")
+    keep_checkpoints: int = arg(2, "so many of the newest are kept")
+    seed: int = arg(0, "batches, instructions and choice of positives follow from it")
+    resume: str = arg("", "run folder to continue; all else comes from its config.json")
+    device: str = arg("", "torch device; default: cuda if there is one")
+    eval: bool = arg(True, "evaluate at the end: the MLLM, the pruned MLLM and PUMA")
+
+    def of_stage(self, stage, name):
+        """The value of `name` in stage 1 or 2: stage 1 may have its own."""
+        return stage == 1 and getattr(self, f"stage1_{name}") or getattr(self, name)
+
+    def check(self):
+        """ValueError, naming the option and its value, if a number is out of range."""
+        positive = ("batch_size", "tasks_per_batch", "lr", "temperature",
+                    "stage1_temperature", "checkpoint_every", "keep_checkpoints", "lora_alpha",
+                    "max_visual_tokens", "max_text_tokens")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type not in (int, float):
+                continue
+            if not value >= 0 or value == 0 and field.name in positive:
+                least = "greater than 0" if field.name in positive else "0 or greater"
+                raise ValueError(f"--{field.name.replace('_', '-')} must be {least}, got {value}")
+            if value > 1 and field.name in ("warmup", "distill_weight", "lora_dropout"):
+                raise ValueError(f"--{field.name.replace('_', '-')} must be 0..1, got {value}")
+
+
+# The recipe of the paper (its table of settings; 4 x 80 GB) for one GPU: `chunk_size` and gradient
+# checkpointing are ours and change no result. Steps are 2 epochs: of 275,000 NLI pairs at 288 a
+# step, of 1.3 M M-BEIR queries at 600. Stage 1 takes M-BEIR's queries, too, and distils images as
+# well: NLI is another data set.
+PAPER = {
+    "data": "M-BEIR", "keep_layers": 12, "stage1_steps": 1900, "stage2_steps": 4300,
+    "batch_size": 600, "stage1_batch_size": 288, "chunk_size": 50, "lr": 3e-4, "stage1_lr": 2e-4,
+    "distill_scale": 0.05, "lora_rank": 128, "gradient_checkpointing": True, "workers": 8,
+}
+PRESETS = {
+    "toy": {},
+    "paper-2b": {"model": "Qwen/Qwen2-VL-2B-Instruct", **PAPER},
+    "paper-7b": {"model": "Qwen/Qwen2-VL-7B-Instruct", **PAPER},
+}
+
+
+def parse(argv=None, description=""):
+    """The command line (default: this process's) -> Config. Exits with status 2 on a bad option."""
+    lines = [f"{name}: " + (" ".join(f"{k}={v}" for k, v in preset.items()) or "the defaults above")
+             for name, preset in PRESETS.items()]
+    epilog = "presets (each value can be overridden) -- " + "; ".join(lines)
+    parser = HfArgumentParser(Config, description=description, epilog=epilog)
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--preset", choices=PRESETS, default="toy")
+    parser.set_defaults(**PRESETS[first.parse_known_args(argv)[0].preset])
+    config, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return config
