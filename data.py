@@ -33,8 +33,6 @@ TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
     8: ("image,text", "image,text")}
-
-
 DID = re.compile(r"([0-9]{1,6}):([0-9]{1,12})")
 
 
@@ -119,6 +117,12 @@ class Pool(Table):
         return make_item(self.root, row.get("txt"), row.get("img_path"))
 
 
+def parse_qrel(line):
+    """`qid 0 did 1 task_id`, or TREC's four columns -> qid, did key, grade."""
+    qid, _, did, grade, *_ = line.decode().split()
+    return qid, did_key(did), int(grade)
+
+
 # One evaluation cell: its name, "<dataset>_task<T>" ("zero_" in front for the zero-shot split); of
 # each query the id, the item with instruction, the set of relevant did keys; its local pool's file.
 Cell = namedtuple("Cell", "name qids items relevant pool_path")
@@ -168,34 +172,33 @@ class Benchmark:
             raise ValueError(f"{folder}: expected files mbeir_<dataset>_task<T>_{split}.jsonl")
         return [self._cell(path, split, limit) for path in paths]
 
-    def _cell(self, path, split, limit):
+    def cell_files(self, path):
+        """A cell's query file -> its name, target class, local pool's file, qrels file."""
+        split = path.parent.name
         match = re.fullmatch(rf"mbeir_(.+_task(\d+))_{split}\.jsonl", path.name)
         if not match or int(match[2]) not in TASKS:
             raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
         name, target_class = match[1], modality_class(TASKS[int(match[2])][1])
         pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
-                 for part in (f"_{split}", "", "_test")]  # MSCOCO has one of each: see method.md
+                 for part in (f"_{split}", "", "_test")]  # MSCOCO has several, "" of all splits
         pool = next(filter(Path.exists, pools), None)
         if pool is None:
             raise ValueError(f"{pools[1]}: expected the candidate pool of {path.name}")
-        table = self.query_table(path)
-        rows = [table[i] for i in range(len(table))[:limit]]
+        return name, target_class, pool, self.root / f"qrels/{split}/mbeir_{name}_{split}_qrels.txt"
+
+    def _cell(self, path, split, limit):
+        name, target_class, pool, qrels = self.cell_files(path)
+        rows = list(itertools.islice(self.query_table(path), limit))
         items = [self.query_item(row, target_class) for row in rows]
-        relevant = self._relevant(rows, f"qrels/{split}/mbeir_{name}_{split}_qrels.txt")
         name = f"zero_{name}" if split == "zero" else name
-        return Cell(name, [row["qid"] for row in rows], items, relevant, pool)
+        return Cell(name, [row["qid"] for row in rows], items, self._relevant(rows, qrels), pool)
 
-    def _relevant(self, rows, qrels):
+    def _relevant(self, rows, path):
         """For each query its relevant did keys: of `qid 0 did 1 task` lines, else pos_cand_list."""
-        def parse(line):
-            qid, _, did, grade, *_ = line.decode().split()
-            return qid, did_key(did), int(grade)
-
-        path = self.root / qrels
         if not path.exists():
             return [set(did_keys(row["pos_cand_list"])) for row in rows]
         relevant = {row["qid"]: set() for row in rows}
-        for _, (qid, key, grade) in parse_lines(path, parse, "`qid 0 did 1 task`"):
+        for _, (qid, key, grade) in parse_lines(path, parse_qrel, "`qid 0 did 1 task`"):
             if grade > 0 and qid in relevant:
                 relevant[qid].add(key)
         for qid, keys in relevant.items():
@@ -241,7 +244,8 @@ class TrainSet(torch.utils.data.Dataset):
             batch = array("q")
             for name in itertools.islice(itertools.cycle(chosen), batch_size):
                 if not left[name]:
-                    left[name] = array("q", shuffled(groups[name], rng).tobytes())
+                    order = rng.sample(range(len(groups[name])), len(groups[name]))
+                    left[name] = array("q", groups[name][order].tobytes())
                 batch.append(left[name].pop())
             self.schedule.append(batch)
 
@@ -253,7 +257,7 @@ class TrainSet(torch.utils.data.Dataset):
             raise ValueError(
                 f"{self.pool.path}: expected {did_text(int(positives[row]))}, the first positive "
                 f"of query {did_text(int(qids[row]))} in {self.queries.path}")
-        rows = shuffled(np.arange(len(qids)), rng)
+        rows = np.array(rng.sample(range(len(qids)), len(qids)))
         if labels:  # an up-sampled file repeats queries: count ids, not lines
             known, first = np.unique(qids[rows], return_index=True)
             rows = rows[np.isin(qids[rows], known[first.argsort()[:labels]])]
@@ -283,14 +287,14 @@ class TrainSet(torch.utils.data.Dataset):
         }
 
 
-def shuffled(values, rng):
-    """An array in random order. Of Python's generator, whose numbers no later version changes."""
-    return values[rng.sample(range(len(values)), len(values))]
-
-
 def duplicate_mask(positive_keys, target_keys):
     """(B, N) bool: target j is a listed positive of query i, its own included: no negative of it.
-
     The official code counts them as negatives. M-BEIR's up-sampled training set repeats queries.
     """
     return torch.stack([torch.isin(target_keys, torch.tensor(keys)) for keys in positive_keys])
+
+
+if __name__ == "__main__":
+    from check_data import main
+
+    main()
