@@ -3,149 +3,90 @@
     python evaluate.py runs/puma-1/model                               # GlyphBEIR's test split
     python evaluate.py runs/puma-1/model --query "leftwards arrow with hook"
     python evaluate.py runs/puma-1/model --image a.png --query "make it capital" --modality image
+    python evaluate.py runs/puma-1/model --query "a dog" --pool ~/Pictures
 
-The first prints hit rates for each cell (dataset and task), on its local pool (its own candidates)
-and on the global pool (all cells' candidates together, so that the modality must be right as well),
-and writes results.json, TREC run files, qrels and gallery.png. The others search the global pool.
+The first scores each cell (dataset and task) on its local pool (its own candidates) and on the
+global pool (all cells' candidates together, so that the modality must be right as well), says what
+kind of wrong the wrong results are, and writes results.json, results.md, TREC run files and qrels,
+gallery.png and confusion.png. `metrics.py` has the formulas. The others search the global pool, or
+a folder of images and .txt files.
 
-Hit rate @k is 1 if any relevant candidate is among the first k; M-BEIR calls it recall. Search is
-exact, in chunks of the pool, so memory does not grow with it; ties go to the candidate that comes
-first in the pool. Above some ten million vectors, put the embeddings into a vector index.
+Embeddings are kept as float16 in the model's folder (`vectors.py`): a second run or query does not
+compute them again, a killed run continues. Search is exact, in memory that does not grow with the
+pool (`search.py`).
 """
 
 import argparse
-import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from data import MODALITIES, Benchmark, did_text, modality_class
-from pictures import draw_gallery
+from data import MODALITIES, Benchmark, modality_class
+from metrics import DEPTH, modality_confusion, score
+from pools import Folder, Union
 from prune_distill import depth_costs
 from puma import PUMA, to_device
+from report import confusion_table, metrics_table, table, write_json, write_markdown, write_trec
 from run import pick_device
+from search import search
+from vectors import Cache
 
+__all__ = ["Embedded", "efficiency", "evaluate", "gallery_rows", "score", "split_cells", "table",
+           "write_json", "write_trec"]
 DEFAULT_DATA = "data/glyph_beir"
-CUTOFFS = (1, 5, 10)
-
-
-def stable_topk(scores, k):
-    """The k best of each row, best first, among equals the lower column. -> (values, columns)."""
-    k = min(k, scores.shape[1])
-    values, columns = scores.topk(k, dim=1)
-    # topk picks any of several equals; rows where that mattered are sorted in full, stably.
-    unclear = (scores >= values[:, -1:]).sum(1) > k
-    if unclear.any():
-        columns[unclear] = scores[unclear].sort(dim=1, descending=True, stable=True).indices[:, :k]
-    columns = columns.sort(dim=1).values
-    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, order)
-
-
-def search(queries, candidates, k, chunk_size=65_536):
-    """Exact search: queries (Q, D), candidates (N, D) -> scores (Q, k), indices (Q, k), best first.
-
-    k is cut at N. Only `chunk_size` candidates are compared at a time. Raises ValueError if the
-    widths differ, the pool is empty, or an embedding is not finite.
-    """
-    if queries.shape[1] != candidates.shape[1] or len(candidates) == 0:
-        shapes = f"{tuple(queries.shape)} and {tuple(candidates.shape)}"
-        raise ValueError(f"cannot search: queries and candidates have the shapes {shapes}")
-    if not (queries.isfinite().all() and candidates.isfinite().all()):
-        raise ValueError("cannot search: some embeddings are NaN or infinite")
-    scores = queries.new_empty(len(queries), 0)
-    indices = torch.empty(len(queries), 0, dtype=torch.long)
-    for start in range(0, len(candidates), chunk_size):
-        chunk = candidates[start : start + chunk_size]
-        columns = torch.arange(start, start + len(chunk)).expand(len(queries), -1)
-        # What was best so far stands left of the chunk, so that ties keep the order of the pool.
-        scores, picked = stable_topk(torch.cat([scores, queries @ chunk.T], dim=1), k)
-        indices = torch.cat([indices, columns], dim=1).gather(1, picked)
-    return scores, indices
-
-
-def hit_rates(ranked, relevant, cutoffs=CUTOFFS):
-    """{"hit_rate@k": share of queries with a relevant id among the first k}.
-
-    ranked: for each query ids, best first; relevant: for each query the set of right ids.
-    """
-    ranks = []  # of the first hit, from 1
-    for ids, right in zip(ranked, relevant, strict=True):
-        ranks.append(next((rank for rank, i in enumerate(ids, 1) if i in right), float("inf")))
-    return {f"hit_rate@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in cutoffs}
 
 
 class Embedded:
     """All queries and candidates of some cells, each embedded once.
 
-    `queries[cell name]` (..., Q, D); `candidates` (..., N, D) with `rows[did key]`; `pools[path]`.
-    The leading axes are whatever `encode(items)` returns in front: several depths, for example.
+    `queries[cell name]` (..., Q, D); `candidates` (..., N, D), the rows of `union`. The leading
+    axes are whatever `encode(items)` returns in front: several depths, for example. It may return
+    a memory map.
     """
 
     def __init__(self, benchmark, cells, split, encode):
         self.global_path = benchmark.global_pool_path(split)
         paths = {cell.pool_path for cell in cells} | ({self.global_path} - {None})
         self.pools = {path: benchmark.pool(path) for path in sorted(paths)}
-        self.source, self.rows = [], {}  # row -> (pool, index in it); did key -> row
-        for pool in self.pools.values():
-            for index, key in enumerate(pool.keys):
-                if key not in self.rows:
-                    self.rows[key] = len(self.source)
-                    self.source.append((pool, index))
-        items = [item for cell in cells for item in cell.items]
-        items += [pool[index] for pool, index in self.source]
-        counts = [len(cell.items) for cell in cells] + [len(self.source)]
-        *queries, self.candidates = encode(items).split(counts, dim=-2)
-        self.queries = {cell.name: part for cell, part in zip(cells, queries)}
+        self.union = Union(self.pools.values())
+        queries = encode([item for cell in cells for item in cell.items])
+        parts = queries.split([len(cell.items) for cell in cells], dim=-2)
+        self.queries = {cell.name: part for cell, part in zip(cells, parts)}
+        self.candidates = encode(self.union)
 
     def candidate(self, key):
-        pool, index = self.source[self.rows[key]]
-        return pool[index]
+        """The item with a did key."""
+        return self.union[int(self.union.rows([key])[0])]
 
-    def rank(self, cells, depth=(), popularity_penalty=0.0):
+    def modality(self, key):
+        """Its modality class."""
+        return int(self.union.modality[self.union.rows([key])[0]])
+
+    def rank(self, cells, depth=(), popularity_penalty=0.0, device=None):
         """{(cell name, "local" or "global"): (scores, did keys)}, the best ten for each query.
 
         `popularity_penalty` p subtracts p times the candidate's mean similarity to all queries of
         the cell, as the official code does with 0.2. It looks at all test queries, so it is off.
         """
-        rankings = {}
+        searches = {}  # pool -> what is searched there, all at once: a large pool is read once
         for cell in cells:
-            queries = self.queries[cell.name][depth]
+            queries = self.queries[cell.name][depth].float()
             queries = queries - popularity_penalty * queries.mean(0)  # (q - p mean q) . c
             for which, path in (("local", cell.pool_path), ("global", self.global_path)):
                 if path is not None:
-                    keys = torch.tensor(self.pools[path].keys)
-                    rows = torch.tensor([self.rows[key] for key in keys.tolist()])
-                    scores, found = search(queries, self.candidates[depth][rows], max(CUTOFFS))
-                    rankings[cell.name, which] = (scores.tolist(), keys[found].tolist())
+                    searches.setdefault(path, []).append(((cell.name, which), queries))
+        rankings = {}
+        for path, parts in searches.items():
+            keys = torch.tensor(self.pools[path].keys)
+            rows = torch.from_numpy(self.union.rows(keys.numpy()))
+            queries = torch.cat([queries for _, queries in parts])
+            found = search(queries, self.candidates[depth], DEPTH, rows=rows, device=device)
+            sizes = [len(queries) for _, queries in parts]
+            for (name, _), scores, indices in zip(parts, *(part.split(sizes) for part in found)):
+                rankings[name] = scores.tolist(), keys[indices].tolist()
         return rankings
-
-
-def score(cells, rankings):
-    """{"cells": ..., "average": ..., "average_zero": ...}: the part of results.json on quality."""
-    results = {}
-    for cell in cells:
-        results[cell.name] = {"queries": len(cell.items)}
-        for which in ("local", "global"):
-            if (cell.name, which) in rankings:
-                ranked = rankings[cell.name, which][1]
-                results[cell.name][which] = hit_rates(ranked, cell.relevant)
-    zero = [entry for name, entry in results.items() if name.startswith("zero_")]
-    seen = [entry for name, entry in results.items() if not name.startswith("zero_")]
-    return {"cells": results, "average": _average(seen or zero), "average_zero": _average(zero)}
-
-
-def _average(entries):
-    """The plain mean over cells, as in M-BEIR's tables."""
-    average = {}
-    for which in ("local", "global"):
-        if entries and which in entries[0]:
-            average[which] = {metric: sum(entry[which][metric] for entry in entries) / len(entries)
-                              for metric in entries[0][which]}
-    return average
 
 
 def split_cells(benchmark, split, limit=None):
@@ -175,53 +116,6 @@ def efficiency(model, items, batch_size=64, runs=3):
     }
 
 
-def table(columns):
-    """{heading: results} -> a text table: hit rate @5 on local and global pools, and the cost."""
-    first = next(iter(columns.values()))
-    rows = [(name, lambda results, name=name: results["cells"][name]) for name in first["cells"]]
-    rows.append(("average", lambda results: results["average"]))
-    if first["average_zero"]:
-        rows.append(("average, zero-shot", lambda results: results["average_zero"]))
-    lines = [f"{'':<24}" + "".join(f"{heading:>20}" for heading in columns)]
-    lines.append(f"{'hit rate @5, %':<24}" + f"{'local':>11}{'global':>9}" * len(columns))
-    for name, pick in rows:
-        lines.append(f"{name:<24}")
-        for results in columns.values():
-            entry = pick(results)
-            local, union = (f"{100 * entry[which]['hit_rate@5']:.1f}" if which in entry else "-"
-                            for which in ("local", "global"))
-            lines[-1] += f"{local:>11}{union:>9}"
-    costs = {"parameters": ",", "gflops_per_item": ".4f", "items_per_s": ",.0f"}
-    for key, form in costs.items():
-        values = [results["efficiency"][key] for results in columns.values()]
-        lines.append(f"{key:<24}" + "".join(f"{value:>20{form}}" for value in values))
-    return "\n".join(lines)
-
-
-def write_json(path, value):
-    """Write beside, then rename: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_trec(folder, cells, rankings):
-    """`<cell>.<pool>.trec` (qid Q0 did rank score run) and `<cell>.qrels` (qid 0 did relevance)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for cell in cells:
-        pairs = [(qid, key) for qid, keys in zip(cell.qids, cell.relevant) for key in sorted(keys)]
-        qrels = "".join(f"{qid} 0 {did_text(key)} 1\n" for qid, key in pairs)
-        (folder / f"{cell.name}.qrels").write_text(qrels)
-    queries = {cell.name: cell.qids for cell in cells}
-    for (name, which), (scores, ranked) in rankings.items():
-        lines = [
-            f"{qid} Q0 {did_text(key)} {rank} {value:.6f} puma\n"
-            for qid, values, keys in zip(queries[name], scores, ranked)
-            for rank, (value, key) in enumerate(zip(values, keys), 1)
-        ]
-        (folder / f"{name}.{which}.trec").write_text("".join(lines))
-
-
 def gallery_rows(embedded, cells, rankings):
     """Each cell's first query with the best of its local pool; without the zero-shot cells."""
     rows = []
@@ -234,59 +128,126 @@ def gallery_rows(embedded, cells, rankings):
 
 
 def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
-             popularity_penalty=0.0):
-    """Evaluate on all cells of a split, print the table, write all to folder `out`; -> results."""
+             popularity_penalty=0.0, cache=None):
+    """Evaluate on all cells of a split, print the tables, write all to folder `out`; -> results.
+
+    `cache`, a `vectors.Cache` of the model, keeps the embeddings in files; without one they stay in
+    memory. Raises ValueError on bad data.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {limit}: every cell needs a query")
     benchmark = Benchmark(data)
     cells = split_cells(benchmark, split, limit)
-    embedded = Embedded(benchmark, cells, split, lambda items: model.encode(items, batch_size))
-    rankings = embedded.rank(cells, popularity_penalty=popularity_penalty)
+
+    def encode(items):
+        if cache is None:
+            return model.encode(items, batch_size)
+        what = "candidates" if isinstance(items, Union) else "queries"
+        return cache.embed(items, f"{what} of {Path(data).resolve()}, {split}", batch_size)
+
+    embedded = Embedded(benchmark, cells, split, encode)
+    rankings = embedded.rank(cells, (), popularity_penalty, model.device)
     results = score(cells, rankings)
+    results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
     sample = [item for cell in cells for item in cell.items[:24]]
     results["efficiency"] = efficiency(model, sample, batch_size)
     results["settings"] = {"data": str(data), "split": split, "limit": limit,
                            "popularity_penalty": popularity_penalty}
-    print(table({"": results}))
-    if popularity_penalty:
-        print(f"popularity penalty {popularity_penalty}: each score depends on all test queries")
-    if out is not None:
-        out = Path(out)
-        write_trec(out, cells, rankings)
-        draw_gallery(out / "gallery.png", gallery_rows(embedded, cells, rankings))
-        write_json(out / "results.json", results)
-        print(f"wrote {out / 'results.json'} and {out / 'gallery.png'}")
+    report(results, out, embedded, cells, rankings)
     return results
 
 
-def show(model, data, query, out, batch_size=64, modality=None, k=10):
-    """Search the global test pool for an item; print the k best, draw the first five.
+def report(results, out, embedded, cells, rankings):
+    """Print the tables; write them, run files, qrels and pictures to the folder `out`."""
+    parts = [metrics_table(results, which) for which in ("local", "global")]
+    if results["confusion"]:
+        parts.append(confusion_table(results["confusion"]))
+    parts.append("\n".join(f"{key:<20}{value:>14,.10g}" if isinstance(value, int) else
+                           f"{key:<20}{value:>14,.4g}"
+                           for key, value in results["efficiency"].items()))
+    print("\n\n".join(filter(None, parts)))
+    if penalty := results["settings"]["popularity_penalty"]:
+        print(f"popularity penalty {penalty}: each score depends on all test queries")
+    if out is None:
+        return
+    from pictures import draw_confusion, draw_gallery  # matplotlib: not for those who only search
 
-    `modality`: only its candidates; the query then gets the benchmark's instruction for that task.
+    out = Path(out)
+    write_trec(out, cells, rankings)
+    draw_gallery(out / "gallery.png", gallery_rows(embedded, cells, rankings))
+    if results["confusion"]:
+        draw_confusion(out / "confusion.png", results["confusion"])
+    write_markdown(out / "results.md", results)
+    write_json(out / "results.json", results)
+    print(f"wrote {out / 'results.json'} and {out / 'gallery.png'}")
+
+
+def open_pool(path, data):
+    """What to search: a folder of files, or the global test pool of an M-BEIR directory.
+
+    -> (pool, its name, benchmark or None). Raises ValueError if there is nothing to search.
     """
-    benchmark = Benchmark(data)
-    path = benchmark.global_pool_path("test")
-    if path is None:
-        raise ValueError(f"{data}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
-    pool = benchmark.pool(path)
-    rows = list(range(len(pool)))
-    if modality:
+    root = Path(path or data)
+    if path and not (root / "cand_pool").is_dir():
+        return Folder(root), f"files in {root.resolve()}", None
+    benchmark = Benchmark(root)
+    file = benchmark.global_pool_path("test")
+    if file is None:
+        raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
+    return Union([benchmark.pool(file)]), f"candidates of {root.resolve()}, test", benchmark
+
+
+def show(model, data, query, out, batch_size=64, modality=None, k=10, *, pool=None, cache=None,
+         skip_bad=False):
+    """Search for an item; print the k best, draw them into `out`/search.png.
+
+    `pool`: a folder or an M-BEIR directory, default `data`. `modality`: only its candidates; a
+    query without instruction then gets the benchmark's for that task. `skip_bad`: leave files out
+    that cannot be read. Raises ValueError on bad input, a query that cannot be read first.
+    """
+    if k < 1:
+        raise ValueError(f"--k must be at least 1, got {k}")
+    items, name, benchmark = open_pool(pool, data)
+    if modality and benchmark and not query.get("instruction"):
         wanted = modality_class(modality)
-        rows = [i for i in rows if pool.modality[i] == wanted]
-        own = modality_class(",".join(kind for kind in ("image", "text") if query[kind]))
+        own = modality_class(",".join(kind for kind in ("image", "text") if query.get(kind)))
         prompts = [texts for key, texts in benchmark.prompts.items() if key[:2] == (own, wanted)]
         query = {**query, "instruction": prompts[0][0] if prompts else None}
     vector = model.encode([query], show_progress=False)  # first, as a bad image should fail at once
-    vectors = model.encode([pool[i] for i in rows], batch_size)
-    scores, found = search(vector, vectors, k)
-    found = [(value, pool[rows[i]], MODALITIES[pool.modality[rows[i]]])
-             for value, i in zip(scores[0].tolist(), found[0].tolist())]
-    for rank, (value, item, kind) in enumerate(found, 1):
-        print(f"{rank:>3}  {value:.3f}  {kind:<10}  {item['text'] or ''}  {item['image'] or ''}")
+    if cache is None:
+        vectors = model.encode(items, batch_size)
+    else:
+        vectors = cache.embed(items, name, batch_size, skip_bad)
+    rows = searchable(items, vectors, modality)
+    scores, found = search(vector, vectors, k, rows=rows, device=model.device)
+    found = [(value, items[i], MODALITIES[items.modality[i]], items.name(i))
+             for value, i in zip(scores[0].tolist(), rows[found[0]].tolist())]
+    for rank, (value, item, kind, name) in enumerate(found, 1):
+        content = " ".join((item["text"] or item["image"]).split())
+        print(f"{rank:>3}  {value:.3f}  {kind:<10}  {name:<24}  {content[:70]}")
+    from pictures import draw_search
+
     out.mkdir(parents=True, exist_ok=True)
-    draw_gallery(out / "search.png", [("query", query, [(v, item, False) for v, item, _ in found])])
+    draw_search(out / "search.png", query, found)
     print(f"wrote {out / 'search.png'}")
 
 
-def main():
+def searchable(items, vectors, modality):
+    """Rows of the candidates that could be read and have the modality; says how many could not."""
+    good = ~vectors[:, 0].isnan()
+    if not good.all():
+        bad = (~good).nonzero().flatten().tolist()
+        print(f"skipped {len(bad)} of {len(items)} files that cannot be read, first "
+              f"{items.name(bad[0])}")
+    if modality:
+        good &= torch.from_numpy(items.modality == modality_class(modality))
+    if not good.any():
+        raise ValueError(f"nothing to search: of {len(items)} candidates none is readable"
+                         + (f" and of the modality {modality}" if modality else ""))
+    return good.nonzero().flatten()
+
+
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("model", help="model folder or hub id")
@@ -295,24 +256,43 @@ def main():
     option("--out", help="folder for the results, must not exist; default: results/<model>")
     option("--query", help="search for this text instead of evaluating")
     option("--image", help="search for this image; with --query for both together")
+    option("--instruction", help="what to look for, in front of the query's text")
+    option("--pool", help="search this folder of images and .txt files, or M-BEIR directory")
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
+    option("--k", type=int, default=10, help="how many results a search shows")
+    option("--skip-bad", action="store_true", help="search without the files that cannot be read")
     option("--batch-size", type=int, default=64, help="items embedded at a time")
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
     option("--device", default="", help="torch device; default: cuda if there is one")
-    args = parser.parse_args()
-    try:
-        if args.out and Path(args.out).exists():
-            raise ValueError(f"--out {args.out} exists: choose another folder")
-        out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
+    return parser.parse_args()
+
+
+def run(args):
+    """What the arguments ask for. Raises ValueError or OSError on bad input."""
+    if args.out and Path(args.out).exists():
+        raise ValueError(f"--out {args.out} exists: choose another folder")
+    searching = args.query or args.image
+    if (args.pool or args.instruction) and not searching:
+        raise ValueError("--pool and --instruction belong to a search: give --query or --image")
+    out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
+    if not args.pool:
         ensure_data(args.data)
-        model = PUMA.from_pretrained(args.model, device=pick_device(args.device))
-        if args.query or args.image:
-            query = {"text": args.query, "image": args.image}
-            show(model, args.data, query, out, args.batch_size, args.modality)
-        else:
-            evaluate(model, args.data, args.split, out, args.batch_size, args.limit,
-                     args.popularity_penalty)
+    model = PUMA.from_pretrained(args.model, device=pick_device(args.device))
+    cache = Cache(model, args.model)
+    if searching:
+        query = {"text": args.query, "image": args.image, "instruction": args.instruction}
+        show(model, args.data, query, out, args.batch_size, args.modality, args.k,
+             pool=args.pool, cache=cache, skip_bad=args.skip_bad)
+    else:
+        evaluate(model, args.data, args.split, out, args.batch_size, args.limit,
+                 args.popularity_penalty, cache)
+
+
+def main():
+    args = parse_arguments()
+    try:
+        run(args)
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

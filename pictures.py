@@ -1,4 +1,4 @@
-"""The pictures: training curves and galleries of search results."""
+"""The pictures: training curves, search results, what kind of wrong they are, layers, costs."""
 
 import textwrap
 
@@ -52,6 +52,51 @@ def draw_gallery(path, rows, columns=5):
             axis.axis("off")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_search(path, query, found, columns=5):
+    """One query and its results, best first: [(score, item, modality, name)]."""
+    lines = -(-len(found) // columns)
+    figure, axes = plt.subplots(lines, columns + 1, squeeze=False,
+                                figsize=(2 * columns + 2.4, 2.15 * lines + 0.2))
+    for axis in axes.flat:
+        axis.axis("off")
+    axes[0, 0].axis("on")
+    _draw_item(axes[0, 0], query, "query", "tab:blue", width=1.5)
+    for rank, (score, item, modality, name) in enumerate(found):
+        axis = axes[rank // columns, 1 + rank % columns]
+        axis.axis("on")
+        name = name if len(name) < 28 else "..." + name[-24:]
+        _draw_item(axis, item, f"{rank + 1}.  {score:.3f}  {modality}\n{name}", "0.8", 1)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw_confusion(path, confusion):
+    """Stacked bars of `metrics.modality_confusion`, one a task: the first and the first ten."""
+    tasks = list(confusion)
+    names = [f"{task.replace('_', ' ')}: {confusion[task]['query']} → {confusion[task]['target']}"
+             for task in tasks]
+    tops = [key for key in confusion[tasks[0]] if key.startswith("top")]
+    colours = {"right item": "tab:green", "wrong item": "0.75", "wrong modality": "tab:red"}
+    figure, axes = plt.subplots(1, len(tops), sharey=True, figsize=(11, 1.5 + 0.32 * len(tasks)))
+    for axis, top in zip(axes, tops):
+        left = [0.0] * len(tasks)
+        for kind, colour in colours.items():
+            shares = [100 * confusion[task][top][kind] for task in tasks]
+            bars = axis.barh(names, shares, left=left, color=colour, label=kind)
+            labels = [f"{share:.0f}" if share >= 6 else "" for share in shares]
+            axis.bar_label(bars, labels, label_type="center", fontsize=8)
+            left = [a + b for a, b in zip(left, shares)]
+        axis.set(xlim=(0, 100), xlabel="share of the results, %")
+        axis.set_title(f"global pool, top {top[3:]}")
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -1,71 +1,33 @@
-"""Search, metrics and result files against slow versions."""
+"""One evaluation and its files, searching with own words, and bad input."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import MODEL
+from PIL import Image
 
 import evaluate
-from data import did_text
+from data import MODALITIES, did_key, did_text
 from puma import PUMA
-
-
-def slow_ranking(scores, k):
-    """Indices by falling score; among equals the lower index first."""
-    return [sorted(range(len(row)), key=lambda j: (-row[j], j))[:k] for row in scores]
-
-
-@pytest.mark.parametrize("levels", [2, 5, 1000])
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_search_agrees_with_a_full_sort_ties_included(levels, chunk_size):
-    torch.manual_seed(levels)
-    queries = torch.randint(0, levels, (20, 3)).float()
-    candidates = torch.randint(0, levels, (31, 3)).float()
-    for k in (1, 5, 31, 50):
-        scores, indices = evaluate.search(queries, candidates, k, chunk_size)
-        expected = slow_ranking((queries @ candidates.T).tolist(), k)
-        assert indices.tolist() == expected
-        assert torch.equal(scores, (queries @ candidates.T).gather(1, indices))
-
-
-def test_hit_rate_is_one_if_any_relevant_candidate_is_in_the_first_k():
-    ranked = [[4, 2, 9], [1, 3, 5], [7, 8, 6]]
-    relevant = [{9, 100}, {1, 3}, {0}]
-    rates = evaluate.hit_rates(ranked, relevant, cutoffs=(1, 2, 3))
-    assert rates == {"hit_rate@1": 1 / 3, "hit_rate@2": 1 / 3, "hit_rate@3": 2 / 3}
-
-
-def test_hit_rates_agree_with_a_slow_version_on_random_scores_with_ties():
-    torch.manual_seed(0)
-    scores = torch.randint(0, 4, (40, 25)).float()
-    relevant = [set(torch.randperm(25)[: 1 + i % 3].tolist()) for i in range(40)]
-    _, ranked = evaluate.stable_topk(scores, 10)
-    fast = evaluate.hit_rates(ranked.tolist(), relevant)
-    for k in (1, 5, 10):
-        hits = 0
-        for row, right in zip(scores.tolist(), relevant):
-            # rank of the best relevant one: all with a higher score, or equal and earlier, precede
-            first = min(sum((s, -j) > (row[r], -r) for j, s in enumerate(row)) for r in right)
-            hits += first < k
-        assert fast[f"hit_rate@{k}"] == hits / 40
-
-
-def test_search_refuses_empty_pools_other_widths_and_numbers_that_are_none():
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(0, 3\)"):
-        evaluate.search(torch.zeros(2, 3), torch.zeros(0, 3), 1)
-    with pytest.raises(ValueError, match=r"\(2, 3\) and \(5, 4\)"):
-        evaluate.search(torch.zeros(2, 3), torch.zeros(5, 4), 1)
-    with pytest.raises(ValueError, match="NaN"):
-        evaluate.search(torch.zeros(2, 3), torch.full((5, 3), float("nan")), 1)
+from vectors import Cache
 
 
 @pytest.fixture(scope="module")
-def results(glyph_beir, tmp_path_factory):
-    """One evaluation of the pruned, untrained model; (results, folder)."""
+def model(tmp_path_factory):
+    """A pruned, untrained model; (folder, model, cache)."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    PUMA.from_pretrained(MODEL, keep_layers=1).save_pretrained(folder)
+    puma = PUMA.from_pretrained(folder)
+    return folder, puma, Cache(puma, folder)
+
+
+@pytest.fixture(scope="module")
+def results(glyph_beir, model, tmp_path_factory):
+    """One evaluation of it; (results, folder)."""
     out = tmp_path_factory.mktemp("out") / "evaluation"
-    model = PUMA.from_pretrained(MODEL, keep_layers=1)
-    return evaluate.evaluate(model, glyph_beir, out=out, limit=20), out
+    return evaluate.evaluate(model[1], glyph_beir, out=out, limit=20, cache=model[2]), out
 
 
 def test_results_hold_every_cell_on_both_pools(results):
@@ -82,6 +44,28 @@ def test_results_hold_every_cell_on_both_pools(results):
             if not name.startswith("zero")]
     assert results["average"]["local"]["hit_rate@5"] == pytest.approx(sum(seen) / 8)
     assert results["efficiency"]["parameters"] < 2_583_296
+    assert results["schema"] == 2
+    assert "| zero_glyph_task8 | 20 |" in (out / "results.md").read_text()
+
+
+def test_modality_confusion_agrees_with_the_run_files(results, glyph_beir):
+    results, out = results
+    pool = glyph_beir / "cand_pool/global/mbeir_union_test_cand_pool.jsonl"
+    modality = {row["did"]: row["modality"] for row in map(json.loads, pool.open())}
+    for task in (0, 6, 8):
+        confusion = results["confusion"][f"task{task}"]
+        right = {tuple(line.split()[0:3:2]) for line in
+                 (out / f"glyph_task{task}.qrels").read_text().splitlines()}
+        run = [line.split() for line in
+               (out / f"glyph_task{task}.global.trec").read_text().splitlines()]
+        hits = [(qid, did) in right for qid, _, did, *_ in run]
+        wrong = [modality[row[2]] != confusion["target"] for row in run]
+        assert confusion["target"] in MODALITIES and len(run) == 200
+        assert confusion["top10"]["right item"] == pytest.approx(sum(hits) / 200)
+        assert confusion["top10"]["wrong modality"] == pytest.approx(sum(wrong) / 200)
+        first = results["cells"][f"glyph_task{task}"]["global"]["hit_rate@1"]
+        assert confusion["top1"]["right item"] == pytest.approx(first)
+    assert (out / "confusion.png").stat().st_size > 10_000
 
 
 def test_trec_files_have_six_and_four_columns_and_give_the_same_hit_rate(results):
@@ -98,22 +82,24 @@ def test_trec_files_have_six_and_four_columns_and_give_the_same_hit_rate(results
     assert (out / "gallery.png").stat().st_size > 10_000
 
 
-def test_row_17_the_popularity_penalty_subtracts_the_mean_similarity_to_all_queries():
+def test_row_17_the_popularity_penalty_subtracts_the_mean_similarity_to_all_queries(glyph_beir):
     torch.manual_seed(0)
-    queries, candidates = torch.randn(6, 4), torch.randn(9, 4)
-    embedded = evaluate.Embedded.__new__(evaluate.Embedded)
-    keys = list(range(9))
-    cell = type("Cell", (), {"name": "c", "pool_path": "p"})
-    embedded.queries, embedded.candidates, embedded.global_path = {"c": queries}, candidates, None
-    embedded.rows = {key: key for key in keys}
-    embedded.pools = {"p": type("Pool", (), {"keys": keys})}
-    similarity = queries @ candidates.T
+    benchmark = evaluate.Benchmark(glyph_beir)
+    cells = benchmark.cells("test", 6)[:2]
+    embedded = evaluate.Embedded(benchmark, cells, "test", lambda items: torch.randn(len(items), 4))
+    row_of = {key: row for row, key in enumerate(embedded.union.keys.tolist())}
     for penalty in (0.0, 0.2):
-        scores, ranked = embedded.rank([cell], popularity_penalty=penalty)["c", "local"]
-        expected = similarity - penalty * similarity.mean(0)
-        assert ranked == slow_ranking(expected.tolist(), 10)
-        best = expected[0].sort(descending=True).values.tolist()
-        assert scores[0] == pytest.approx(best, rel=1e-4)
+        rankings = embedded.rank(cells, popularity_penalty=penalty)
+        for cell in cells:
+            for which, path in (("local", cell.pool_path), ("global", embedded.global_path)):
+                keys = embedded.pools[path].keys
+                vectors = embedded.candidates[[row_of[key] for key in keys]]
+                similarity = embedded.queries[cell.name] @ vectors.T
+                expected = similarity - penalty * similarity.mean(0)
+                scores, ranked = rankings[cell.name, which]
+                best = expected.sort(dim=1, descending=True, stable=True)
+                assert ranked == [[keys[i] for i in row[:10]] for row in best.indices.tolist()]
+                torch.testing.assert_close(torch.tensor(scores), best.values[:, :10])
 
 
 def run_cli(monkeypatch, capsys, *arguments):
@@ -124,15 +110,22 @@ def run_cli(monkeypatch, capsys, *arguments):
     return stop.value.code, capsys.readouterr().err
 
 
-def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path, glyph_beir):
-    model = ("--data", glyph_beir, MODEL)
-    missing = tmp_path / "missing"
+def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path, glyph_beir,
+                                                    model, tmp_path_factory):
+    model = ("--data", glyph_beir, model[0])
+    missing, empty = tmp_path / "missing", tmp_path_factory.mktemp("empty")
+    monkeypatch.chdir(tmp_path)
     cases = [
         (("--data", tmp_path, MODEL), "is no M-BEIR directory: expected the folder"),
         (("--data", glyph_beir, missing), "does not exist"),
         ((*model, "--split", "nonsense"), "expected files mbeir_"),
         ((*model, "--image", missing, "--out", tmp_path / "a"), f"cannot read image {missing}"),
         ((*model, "--out", tmp_path), "exists: choose another"),
+        ((*model, "--limit", "0"), "--limit must be at least 1, got 0"),
+        ((*model, "--pool", glyph_beir), "give --query or --image"),
+        ((*model, "--query", "a", "--pool", missing), f"--pool {missing}: no such folder"),
+        ((*model, "--query", "a", "--pool", empty), f"--pool {empty} is empty"),
+        ((*model, "--query", "a", "--k", "0"), "--k must be at least 1, got 0"),
     ]
     for arguments, message in cases:
         status, error = run_cli(monkeypatch, capsys, *arguments)
@@ -142,19 +135,60 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
     assert not list(tmp_path.iterdir()), "nothing may be left behind"
 
 
-def test_a_search_prints_ten_candidates_and_draws_them(monkeypatch, capsys, tmp_path, glyph_beir):
-    model = PUMA.from_pretrained(MODEL, keep_layers=1)
+@pytest.mark.parametrize("file, expected", [
+    ("cand_pool/local/mbeir_glyph_task1_cand_pool.jsonl", "a candidate"),
+    ("cand_pool/global/mbeir_union_test_cand_pool.jsonl", "a candidate"),
+    ("query/test/mbeir_glyph_task1_test.jsonl", "a query"),
+])
+def test_an_empty_pool_and_a_cell_without_queries_are_named(file, expected, monkeypatch, capsys,
+                                                            tmp_path, glyph_beir, model):
+    for part in ("cand_pool", "query", "instructions", "qrels"):
+        shutil.copytree(glyph_beir / part, tmp_path / "data" / part)
+    (tmp_path / "data" / file).write_text("")
+    status, error = run_cli(monkeypatch, capsys, model[0], "--data", tmp_path / "data",
+                            "--out", tmp_path / "out")
+    assert status == 2 and "Traceback" not in error
+    assert f"{file}: expected {expected}" in error.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_prints_ten_candidates_and_draws_them(capsys, tmp_path, glyph_beir, model,
+                                                       results):
+    _, puma, cache = model
     query = {"text": "latin small letter a", "image": None}
-    evaluate.show(model, glyph_beir, query, tmp_path / "s")
+    before = {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.npy")}
+    evaluate.show(puma, glyph_beir, query, tmp_path / "s", cache=cache)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines[:10]] == list(range(1, 11))
     assert (tmp_path / "s/search.png").stat().st_size > 5_000
-    evaluate.show(model, glyph_beir, {"text": "a", "image": None}, tmp_path / "s", modality="image")
+    evaluate.show(puma, glyph_beir, query, tmp_path / "s", modality="image", k=3, cache=cache)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[2] for line in lines[:10]] == ["image"] * 10
+    assert [line.split()[2] for line in lines[:3]] == ["image"] * 3 and len(lines) == 4
+    after = {path: path.stat().st_mtime_ns for path in cache.folder.glob("*.npy")}
+    assert after == before, "the search used the evaluation's embeddings of the pool"
+
+
+def test_a_folder_of_files_is_a_pool_and_bad_files_are_skipped_only_when_asked(
+        monkeypatch, capsys, tmp_path, model):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    for i, name in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (56, 56), name).save(pool / f"{name}.png")
+        (pool / f"{i}.txt").write_text(f"the colour {name}")
+    (pool / "broken.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    arguments = [model[0], "--query", "the colour red", "--pool", pool]
+    status, error = run_cli(monkeypatch, capsys, *arguments)
+    assert status == 2 and f"cannot read image {pool / 'broken.png'}" in error.splitlines()[-1]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments), "--skip-bad", "--k", "9"])
+    evaluate.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "skipped 1 of 7 files that cannot be read, first broken.png"
+    assert lines[1].split()[1:4] == ["1.000", "text", "0.txt"]  # the same words
+    assert {line.split()[3] for line in lines[1:7]} == {
+        *(f"{i}.txt" for i in range(3)), "red.png", "green.png", "blue.png"}
+    assert lines[7].startswith("wrote ") and len(lines) == 8, "k is cut to what there is"
 
 
 def test_dids_survive_the_way_through_keys():
-    from data import did_key
-
     assert did_text(did_key("10:123456789012")) == "10:123456789012"
