@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-from transformers.utils import logging
+from transformers.utils import is_flash_attn_2_available, logging
 
 from items import as_item, image_size, load_image, load_video
 
@@ -74,8 +74,8 @@ class PUMA(nn.Module):
 
         Dropped layers are never read into memory. `max_visual_tokens` caps the image size of the
         checkpoint's image processor (a token is 28 x 28 pixels; paper: 4 to 300), `max_text_tokens`
-        cuts instruction + text (paper: 450). `dtype`: float32 on a CPU, bfloat16 on a GPU.
-        Raises ValueError if `keep_layers` is out of range or the folder is not a complete model.
+        cuts instruction + text (450). `dtype`: float32 on a CPU, bfloat16 on a GPU, there with
+        FlashAttention if installed. Raises ValueError on a bad depth or an incomplete folder.
         """
         check_folder(name_or_path)
         config = AutoConfig.from_pretrained(name_or_path)
@@ -88,8 +88,11 @@ class PUMA(nn.Module):
         text_config.num_hidden_layers = keep_layers or depth
         text_config.layer_types = text_config.layer_types[:keep_layers]
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
         with _quiet():  # transformers would list every weight of a dropped layer as unexpected
-            backbone = AutoModel.from_pretrained(name_or_path, config=config, dtype=dtype)
+            backbone = AutoModel.from_pretrained(
+                name_or_path, config=config, dtype=dtype,
+                attn_implementation="flash_attention_2" if fast else "sdpa")
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
         processor = AutoImageProcessor.from_pretrained(name_or_path)
         pixels = max_visual_tokens * (processor.patch_size * processor.merge_size) ** 2
@@ -270,7 +273,7 @@ class PUMA(nn.Module):
                 inputs_embeds=embeds, attention_mask=batch["attention_mask"],
                 position_ids=batch["position_ids"], use_cache=False,
             ).last_hidden_state
-        return hidden[:, -1]
+        return hidden[:, -1].clone()  # a view would keep the states of all positions alive
 
     @torch.inference_mode()
     def encode(self, items, batch_size=64, normalize=True, show_progress=True, forward=None):
@@ -306,13 +309,10 @@ def _last_token_only(layer):
     def cut(_module, inputs):
         return (inputs[0][:, -1:],)
 
-    parts = (layer.self_attn.o_proj, layer.post_attention_layernorm)
-    handles = [part.register_forward_pre_hook(cut) for part in parts]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for part in (layer.self_attn.o_proj, layer.post_attention_layernorm):
+            hooks.callback(part.register_forward_pre_hook(cut).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def to_device(batch, device):
