@@ -277,6 +277,11 @@ def compare(config, student, folder, device):
     print(f"wrote {folder / 'results.json'} and {folder / 'gallery.png'}")
 
 
+def labels_of(config, stage):
+    """How many labelled queries a stage uses, 0: all. Pure distillation needs no label at all."""
+    return 0 if stage == 1 and config.distill_weight == 1 else config.labels
+
+
 def prepare(config):
     """Check what can be checked without loading anything; -> (config, run folder)."""
     if config.resume:
@@ -314,7 +319,7 @@ def train(config):
     teacher = load_teacher(config, student, device)
     adapters = prepare_training(config, student)
     sets = [TrainSet(benchmark, config.of_stage(stage, "batch_size"), steps,
-                     config.tasks_per_batch, seed=2 * config.seed + stage - 1, labels=config.labels)
+                     config.tasks_per_batch, 2 * config.seed + stage - 1, labels_of(config, stage))
             for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1)]
     torch.manual_seed(config.seed + distributed.rank())  # each process draws its own dropout
 

@@ -1,0 +1,277 @@
+"""The evidence: which part of PUMA helps on GlyphBEIR, with five seeds and paired differences.
+
+    python toy/ablation.py                     # every group; hours on two cores, resumes by itself
+    python toy/ablation.py losses --seeds 5    # one group
+
+Each run trains a model (stage 2 with the same number of samples everywhere), evaluates it on 200
+test queries a cell, and leaves one JSON file in `runs/ablation`; a run whose file is there is not
+done again. Afterwards docs/ablation.json (all results), docs/ablation.md (tables: mean, spread,
+difference to the table's first line, paired by seed, with its 95 % interval) and docs/ablation.png
+are written. Runs go side by side with one thread each: two such do more than one with two threads.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from data import Benchmark, TrainSet  # noqa: E402
+from metrics import modality_confusion, score  # noqa: E402
+from pictures import plt  # noqa: E402
+from run import Run  # noqa: E402
+from settings import Config  # noqa: E402
+
+BASE = Config(stage1_steps=0, stage2_steps=120, workers=0, eval=False)
+LOWEST = 0.03 * math.exp(-0.5)  # tau_hard at the end of the schedule
+DISTIL = {"stage1_steps": 60}
+FULL = "full depth, InfoNCE"  # its model is the trained teacher of the group "teacher"
+TRAINED = "trained"
+
+# group -> {line of the table: settings}; differences are to the first line of the group
+GROUPS = {
+    "parts": {
+        "pruned, InfoNCE": {"loss": "infonce"},
+        FULL: {"loss": "infonce", "keep_layers": 8},
+        "pruned, MAC": {},
+        "pruned, stage 1 without teacher, InfoNCE":
+            {"loss": "infonce", **DISTIL, "distill_weight": 0.0},
+        "pruned, distilled, InfoNCE": {"loss": "infonce", **DISTIL},
+        "pruned, stage 1 without teacher, MAC": {**DISTIL, "distill_weight": 0.0},
+        "pruned, distilled, MAC": DISTIL,
+    },
+    "losses": {
+        "MAC": {},
+        "InfoNCE": {"loss": "infonce"},
+        "InfoNCE at tau_hard": {"loss": "infonce", "temperature": LOWEST},
+        "MAC without schedule": {"schedule": False},
+        "MAC, positive at tau": {"positive_temperature": "base"},
+        "MAC, lambda 0.2": {"decay": 0.2},
+        "MAC, lambda 1": {"decay": 1.0},
+        "MAC, duplicates not masked": {"mask_duplicates": False},
+        "InfoNCE + intra-modality offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    },
+    "labels": {
+        f"{labels or 'all'} labels, {name}": {"labels": labels, "loss": "infonce", **stage1}
+        for labels in (450, 1500, 4500, 0)
+        for name, stage1 in {
+            "no stage 1": {},
+            "stage 1 without teacher": {**DISTIL, "distill_weight": 0.0},
+            "distilled 0.1": DISTIL,
+            "pure distillation of unlabelled items": {**DISTIL, "distill_weight": 1.0},
+            "the same, 3 x as long": {"stage1_steps": 180, "distill_weight": 1.0},
+        }.items()
+    },
+    "teacher": {
+        "cut from a trained model, stage 1 without teacher":
+            {"loss": "infonce", **DISTIL, "distill_weight": 0.0, "model": TRAINED},
+        "cut from a trained model, distilled 0.5":
+            {"loss": "infonce", **DISTIL, "distill_weight": 0.5, "model": TRAINED},
+        "text-only distillation": {**DISTIL, "distill_modalities": "text", "loss": "infonce"},
+    },
+    "layers": {
+        f"{keep} layers{', the last one kept' * last}":
+            {"keep_layers": keep, "keep_last": last, "loss": "infonce"}
+        for keep in (4, 1, 2, 3, 5, 6, 7, 8) for last in (False, True) if keep < 8 or not last
+    },
+}
+
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, 1 to 9 degrees
+
+
+def run_id(settings):
+    """The settings that differ from BASE, as text: the same run may stand in several groups."""
+    base, config = asdict(BASE), asdict(replace(BASE, **settings))
+    changed = [f"{key}={value}" for key, value in config.items() if value != base[key]]
+    return " ".join(changed) or "base"
+
+
+def result_path(folder, settings, seed):
+    return folder / f"{run_id(settings)} seed={seed}.json"
+
+
+def run_one(settings, seed, folder):
+    """Train and evaluate one model; -> its results, also written to `folder`."""
+    torch.set_num_threads(1)
+    started = time.time()
+    config = replace(BASE, seed=seed, **settings)
+    if config.model == TRAINED:
+        config.model = str(folder / f"trained-{seed}")
+    device = torch.device("cpu")
+    torch.manual_seed(seed)
+    benchmark = Benchmark(config.data, seed)
+    student = train.load_student(config, device)
+    teacher = train.load_teacher(config, student, device)
+    work = folder / f"work-{os.getpid()}"
+    run = Run(work, device)
+    for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1):
+        if steps:
+            dataset = TrainSet(benchmark, config.batch_size, steps, config.tasks_per_batch,
+                               seed=2 * seed + stage - 1, labels=train.labels_of(config, stage))
+            train.train_stage(stage, student, teacher, dataset, config, run)
+        teacher = None
+    benchmark = Benchmark(config.data)  # the same instructions for every seed
+    cells = evaluate.split_cells(benchmark, "test", limit=200)
+    embedded = evaluate.Embedded(benchmark, cells, "test", student.encode)
+    rankings = embedded.rank(cells)
+    quality = score(cells, rankings, draws=2)
+    confusion = modality_confusion(cells, rankings, embedded.modality)
+    result = {
+        "id": run_id(settings), "seed": seed, "seconds": round(time.time() - started),
+        "masked_duplicates": sum(row["masked_duplicates"] for row in run.rows()),
+        "confusion": {task: entry["top1"] for task, entry in confusion.items()},
+        "tasks": {name: {pool: entry[pool]["hit_rate@5"] for pool in ("local", "global")}
+                  for name, entry in quality["cells"].items()},
+    }
+    for key, split in (("average", "seen"), ("average_zero", "zero-shot")):
+        for pool in ("local", "global"):
+            result[f"{split} {pool}"] = quality[key][pool]["hit_rate@5"]
+    if settings == GROUPS["parts"][FULL]:
+        student.save_pretrained(folder / f"trained-{seed}")
+    shutil.rmtree(work)
+    evaluate.write_json(result_path(folder, settings, seed), result)
+    return result
+
+
+def run_group(group, seeds, folder, workers):
+    """Do every run of a group that has no result yet, `workers` at a time, seed by seed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = {}
+    for seed in range(seeds):
+        for settings in GROUPS[group].values():
+            if not result_path(folder, settings, seed).exists():
+                tasks[run_id(settings), seed] = settings
+    print(f"{group}: {len(tasks)} runs to do", flush=True)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pending = [pool.submit(run_one, settings, seed, folder)
+                   for (_, seed), settings in tasks.items()]
+        for done, future in enumerate(as_completed(pending), 1):
+            result = future.result()
+            print(f"{done}/{len(tasks)}, {result['seconds']} s: local {result['seen local']:.1%}, "
+                  f"global {result['seen global']:.1%}, seed {result['seed']}: {result['id']}",
+                  flush=True)
+
+
+# ---- tables and pictures -------------------------------------------------------------------------
+
+COLUMNS = ("seen local", "seen global", "zero-shot local", "zero-shot global", "wrong modality")
+
+
+def values_of(results, settings, column):
+    """{seed: percent} of one line of a table."""
+    found = [result for result in results if result["id"] == run_id(settings)]
+    if column == "wrong modality":  # share of first places of the global pool, mean over tasks
+        shares = {r["seed"]: [task["wrong modality"] for name, task in r["confusion"].items()
+                              if not name.startswith("zero_")] for r in found}
+        return {seed: 100 * statistics.mean(share) for seed, share in shares.items()}
+    return {result["seed"]: 100 * result[column] for result in found}
+
+
+def paired(values, reference):
+    """Mean difference over the seeds that both have, and the half width of its 95 % interval."""
+    common = sorted(values.keys() & reference.keys())
+    differences = [values[seed] - reference[seed] for seed in common]
+    if len(differences) < 2:
+        return (statistics.mean(differences) if differences else math.nan), math.nan
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return statistics.mean(differences), T95[len(differences) - 2] * spread
+
+
+def table(group, results):
+    """Markdown: mean ± standard deviation over seeds; difference to the first line, paired."""
+    lines = [f"## {group}", "", "| | seeds | " + " | ".join(
+        f"{column} | difference" for column in COLUMNS) + " |",
+        "|---|---|" + "---|---|" * len(COLUMNS)]
+    first = next(iter(GROUPS[group].values()))
+    for name, settings in GROUPS[group].items():
+        cells, seeds = [], 0
+        for column in COLUMNS:
+            values = values_of(results, settings, column)
+            seeds = len(values)
+            if not values:
+                break
+            spread = statistics.stdev(values.values()) if seeds > 1 else math.nan
+            cells.append(f"{statistics.mean(values.values()):.1f} ± {spread:.1f}")
+            difference, half = paired(values, values_of(results, first, column))
+            cells.append("" if settings == first else f"{difference:+.1f} ± {half:.1f}")
+        if seeds:
+            lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(path, groups, results):
+    """One panel a group: a dot a seed, local pools blue and global orange, a bar at the mean."""
+    heights = [1 + 0.3 * len(GROUPS[group]) for group in groups]
+    figure, axes = plt.subplots(len(groups), 1, figsize=(9, sum(heights)), squeeze=False,
+                                gridspec_kw={"height_ratios": heights})
+    for axis, group in zip(axes[:, 0], groups):
+        for row, settings in enumerate(GROUPS[group].values()):
+            for column, colour in (("seen local", "tab:blue"), ("seen global", "tab:orange")):
+                values = list(values_of(results, settings, column).values())
+                if values:
+                    axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5,
+                              label=f"{column.split()[1]} pools" if row == 0 else None)
+                    axis.plot(statistics.mean(values), row, "|", color=colour, markersize=16)
+        axis.set_yticks(range(len(GROUPS[group])), GROUPS[group], fontsize=8)
+        axis.invert_yaxis()
+        axis.set_title(group)
+        axis.set_xlabel("average hit rate @5 on seen characters, %")
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(loc="best", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def write_report(folder, docs):
+    """docs/ablation.json, .md and .png from every result in `folder`."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
+    groups = [group for group in GROUPS
+              if sum(bool(values_of(results, s, "seen local")) for s in GROUPS[group].values()) > 1]
+    evaluate.write_json(docs / "ablation.json", results)
+    text = "\n\n".join(table(group, results) for group in groups)
+    head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
+            "first line of each table are paired by seed, ± half of the 95 % interval. Wrong "
+            "modality: share of first places on the global pool. Made by `python toy/ablation.py`; "
+            f"{BASE.stage2_steps} stage-2 steps of {BASE.batch_size} pairs unless said otherwise.")
+    (docs / "ablation.md").write_text(f"# Ablation\n\n{head}\n\n{text}\n", encoding="utf-8")
+    if groups:
+        draw(docs / "ablation.png", groups, results)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each line")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/ablation", help="one file a run")
+    parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
+    args = parser.parse_args()
+    unknown = set(args.groups) - set(GROUPS)
+    if unknown:
+        parser.error(f"unknown group {sorted(unknown)[0]}: choose from {', '.join(GROUPS)}")
+    os.chdir(ROOT)  # the paths in Config are relative to the repository
+    evaluate.ensure_data(BASE.data)
+    for group in () if args.report else args.groups or GROUPS:
+        run_group(group, args.seeds, args.work, args.workers)
+        write_report(args.work, ROOT / "docs")
+    write_report(args.work, ROOT / "docs")
+    print((ROOT / "docs/ablation.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
