@@ -23,7 +23,9 @@ from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-import torch
+os.environ.setdefault("TQDM_DISABLE", "1")  # side by side, progress bars would mix
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -168,6 +170,7 @@ def run_group(group, seeds, folder, workers):
 
 # ---- tables and pictures -------------------------------------------------------------------------
 
+POOLS = {"seen local": "tab:blue", "seen global": "tab:orange"}
 COLUMNS = ("seen local", "seen global", "zero-shot local", "zero-shot global", "wrong modality")
 
 
@@ -182,13 +185,12 @@ def values_of(results, settings, column):
 
 
 def paired(values, reference):
-    """Mean difference over the seeds that both have, and the half width of its 95 % interval."""
-    common = sorted(values.keys() & reference.keys())
-    differences = [values[seed] - reference[seed] for seed in common]
+    """Seeds that both have, mean difference over them, half the width of its 95 % interval."""
+    differences = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
     if len(differences) < 2:
-        return (statistics.mean(differences) if differences else math.nan), math.nan
+        return len(differences), sum(differences), math.nan
     spread = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences), T95[len(differences) - 2] * spread
+    return len(differences), statistics.mean(differences), T95[len(differences) - 2] * spread
 
 
 def table(group, results):
@@ -204,10 +206,11 @@ def table(group, results):
             seeds = len(values)
             if not values:
                 break
-            spread = statistics.stdev(values.values()) if seeds > 1 else math.nan
-            cells.append(f"{statistics.mean(values.values()):.1f} ± {spread:.1f}")
-            difference, half = paired(values, values_of(results, first, column))
-            cells.append("" if settings == first else f"{difference:+.1f} ± {half:.1f}")
+            spread = f" ± {statistics.stdev(values.values()):.1f}" if seeds > 1 else ""
+            cells.append(f"{statistics.mean(values.values()):.1f}{spread}")
+            common, difference, half = paired(values, values_of(results, first, column))
+            cells.append("" if settings == first or not common else
+                         f"{difference:+.1f}" + (f" ± {half:.1f}" if common > 1 else ""))
         if seeds:
             lines.append(f"| {name} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -220,18 +223,19 @@ def draw(path, groups, results):
                                 gridspec_kw={"height_ratios": heights})
     for axis, group in zip(axes[:, 0], groups):
         for row, settings in enumerate(GROUPS[group].values()):
-            for column, colour in (("seen local", "tab:blue"), ("seen global", "tab:orange")):
+            for column, colour in POOLS.items():
                 values = list(values_of(results, settings, column).values())
                 if values:
-                    axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5,
-                              label=f"{column.split()[1]} pools" if row == 0 else None)
+                    axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5)
                     axis.plot(statistics.mean(values), row, "|", color=colour, markersize=16)
         axis.set_yticks(range(len(GROUPS[group])), GROUPS[group], fontsize=8)
         axis.invert_yaxis()
         axis.set_title(group)
         axis.set_xlabel("average hit rate @5 on seen characters, %")
         axis.grid(axis="x", alpha=0.3)
-        axis.legend(loc="best", fontsize=8)
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in
+               POOLS.values()]
+    figure.legend(handles, ["local pools", "global pool"], loc="upper right", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -1,0 +1,60 @@
+"""toy/ablation.py: its groups name what they compare, its statistics are right, it resumes."""
+
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+
+from toy import ablation
+
+
+def test_every_group_has_runs_that_differ_and_settings_that_exist():
+    for group, lines in ablation.GROUPS.items():
+        ids = [ablation.run_id(settings) for settings in lines.values()]
+        assert len(set(ids)) == len(ids) > 1, group
+        for settings in lines.values():
+            replace(ablation.BASE, **settings).check()
+
+
+def test_the_same_settings_are_the_same_run_in_every_group():
+    groups = ablation.GROUPS
+    same = [groups["parts"]["pruned, InfoNCE"], groups["losses"]["InfoNCE"],
+            groups["layers"]["4 layers"], groups["labels"]["all labels, no stage 1"]]
+    assert len({ablation.run_id(settings) for settings in same}) == 1
+    assert ablation.run_id({}) == ablation.run_id({"keep_layers": 4}) == "base"
+
+
+def test_paired_differences_have_students_interval():
+    values, reference = {0: 5.0, 1: 7.0, 2: 6.5, 9: 100.0}, {0: 4.0, 1: 5.0, 2: 6.0, 3: -50.0}
+    count, mean, half = ablation.paired(values, reference)
+    differences = [1.0, 2.0, 0.5]  # seeds 9 and 3 have no partner
+    assert count == 3 and mean == pytest.approx(statistics.mean(differences))
+    assert half == pytest.approx(4.303 * statistics.stdev(differences) / math.sqrt(3))
+
+
+def result(settings, seed, local, wrong):
+    shares = {"task0": {"wrong modality": wrong}, "zero_task0": {"wrong modality": 0.5}}
+    values = {f"{split} {pool}": local for split in ("seen", "zero-shot")
+              for pool in ("local", "global")}
+    return {"id": ablation.run_id(settings), "seed": seed, "confusion": shares, **values}
+
+
+def test_the_table_shows_mean_spread_and_difference_to_its_first_line():
+    first, second = list(ablation.GROUPS["losses"].values())[:2]
+    results = [result(first, 0, 0.50, 0.1), result(first, 1, 0.60, 0.3),
+               result(second, 0, 0.55, 0.1), result(second, 1, 0.67, 0.1)]
+    lines = ablation.table("losses", results).splitlines()
+    assert lines[4].startswith("| MAC | 2 | 55.0 ± 7.1 |  |")
+    assert lines[4].endswith("| 20.0 ± 14.1 |  |")
+    half = 12.706 * statistics.stdev([5, 7]) / math.sqrt(2)
+    assert lines[5].startswith(f"| InfoNCE | 2 | 61.0 ± 8.5 | +6.0 ± {half:.1f} |")
+    assert len(lines) == 6  # lines without a result are left out
+
+
+def test_a_run_that_has_its_file_is_not_done_again(tmp_path, monkeypatch, capsys):
+    for settings in ablation.GROUPS["losses"].values():
+        ablation.result_path(tmp_path, settings, 0).write_text("{}")
+    monkeypatch.setattr(ablation, "run_one", None)  # would fail
+    ablation.run_group("losses", 1, tmp_path, 1)
+    assert "losses: 0 runs to do" in capsys.readouterr().out
