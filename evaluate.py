@@ -4,6 +4,8 @@
     python evaluate.py runs/puma-1/model --query "leftwards arrow with hook"
     python evaluate.py runs/puma-1/model --image a.png --query "make it capital" --modality image
     python evaluate.py runs/puma-1/model --query "a dog" --pool ~/Pictures
+    python evaluate.py toy/tiny-qwen2-vl --efficiency 2,4,6            # quality against cost
+    torchrun --nproc_per_node=4 evaluate.py runs/puma-1/model --data /data/M-BEIR
 
 The first scores each cell (dataset and task) on its local pool (its own candidates) and on the
 global pool (all cells' candidates together, so that the modality must be right as well), says what
@@ -23,13 +25,13 @@ from pathlib import Path
 
 import torch
 
+import distributed
 from data import MODALITIES, Benchmark, modality_class
 from metrics import DEPTH, modality_confusion, score
 from pools import Folder, Union
 from prune_distill import depth_costs
 from puma import PUMA, to_device
 from report import confusion_table, metrics_table, table, write_json, write_markdown, write_trec
-from run import pick_device
 from search import search
 from vectors import Cache
 
@@ -132,7 +134,8 @@ def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
     """Evaluate on all cells of a split, print the tables, write all to folder `out`; -> results.
 
     `cache`, a `vectors.Cache` of the model, keeps the embeddings in files; without one they stay in
-    memory. Raises ValueError on bad data.
+    memory. Under torchrun each process embeds a part, the first scores. Raises ValueError on bad
+    data.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"--limit must be at least 1, got {limit}: every cell needs a query")
@@ -146,6 +149,8 @@ def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
         return cache.embed(items, f"{what} of {Path(data).resolve()}, {split}", batch_size)
 
     embedded = Embedded(benchmark, cells, split, encode)
+    if distributed.rank():
+        return None  # the embeddings are there; one process scores them
     rankings = embedded.rank(cells, (), popularity_penalty, model.device)
     results = score(cells, rankings)
     results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
@@ -218,6 +223,8 @@ def show(model, data, query, out, batch_size=64, modality=None, k=10, *, pool=No
         vectors = model.encode(items, batch_size)
     else:
         vectors = cache.embed(items, name, batch_size, skip_bad)
+    if distributed.rank():
+        return
     rows = searchable(items, vectors, modality)
     scores, found = search(vector, vectors, k, rows=rows, device=model.device)
     found = [(value, items[i], MODALITIES[items.modality[i]], items.name(i))
@@ -248,6 +255,7 @@ def searchable(items, vectors, modality):
 
 
 def parse_arguments():
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("model", help="model folder or hub id")
@@ -261,6 +269,7 @@ def parse_arguments():
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--k", type=int, default=10, help="how many results a search shows")
     option("--skip-bad", action="store_true", help="search without the files that cannot be read")
+    option("--efficiency", metavar="K,K", help="instead: cost and quality at depths like 2,4")
     option("--batch-size", type=int, default=64, help="items embedded at a time")
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
@@ -275,10 +284,18 @@ def run(args):
     searching = args.query or args.image
     if (args.pool or args.instruction) and not searching:
         raise ValueError("--pool and --instruction belong to a search: give --query or --image")
-    out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
-    if not args.pool:
+    device, out = distributed.start(args.device), Path(args.out or result_folder(args.model))
+    if not args.pool and distributed.rank() == 0:
         ensure_data(args.data)
-    model = PUMA.from_pretrained(args.model, device=pick_device(args.device))
+    distributed.barrier()
+    if args.efficiency:
+        from cost import measure
+
+        depths = [int(k) if k.isdigit() else 0 for k in args.efficiency.split(",")]
+        measure(args.model, args.data, depths, args.split, args.limit or 200,
+                device=args.device, out=out)
+        return
+    model = PUMA.from_pretrained(args.model, device=device)
     cache = Cache(model, args.model)
     if searching:
         query = {"text": args.query, "image": args.image, "instruction": args.instruction}
@@ -289,6 +306,11 @@ def run(args):
                  args.popularity_penalty, cache)
 
 
+def result_folder(model):
+    """Where results go by default: results/<the last two parts of the model's path>."""
+    return "results/" + "-".join(Path(model).resolve().parts[-2:])
+
+
 def main():
     args = parse_arguments()
     try:
@@ -296,6 +318,8 @@ def main():
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        distributed.stop()
 
 
 def ensure_data(folder):

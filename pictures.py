@@ -113,3 +113,57 @@ def _draw_item(axis, item, title, colour, width):
         inset.imshow(load_image(image))
         inset.axis("off")
     axis.text(0.5, 0.2 if image else 0.5, "\n".join(lines), ha="center", va="center", fontsize=7.5)
+
+
+def draw_layers(path, rows, variant=None):
+    """What each depth knows: hit rate (thin: each cell) and likeness to the last layer."""
+    depths = [row["depth"] for row in rows]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for cell in rows[0]["cells"]:
+        left.plot(depths, [100 * row["cells"][cell] for row in rows], color="0.8", linewidth=0.8)
+    left.plot(depths, [100 * row["hit_rate@5"] for row in rows], "o-", color="tab:blue",
+              label="first k layers (grey: each cell)")
+    right.plot(depths, [row["cosine"] for row in rows], "o-", color="tab:green", label="cosine")
+    right.plot(depths, [row["cka"] for row in rows], "s-", color="tab:purple", label="linear CKA")
+    if variant:
+        left.plot(depths[1:], [100 * row["hit_rate@5"] for row in variant[1:]], "o--",
+                  color="tab:orange", label="first k-1 layers and the last")
+        for key, marker, colour in (("cosine", "o--", "tab:green"), ("cka", "s--", "tab:purple")):
+            right.plot(depths[1:], [row[key] for row in variant[1:]], marker, color=colour,
+                       alpha=0.5, label=f"{'CKA' if key == 'cka' else key}, last layer kept")
+    left.set(ylabel="hit rate @5, %, sampled local pools", ylim=(0, 100))
+    right.set(ylabel="likeness to the last layer", ylim=(None, 1.02))
+    for axis in (left, right):
+        axis.set(xlabel="depth k, decoder layers", xticks=depths[:: max(1, len(depths) // 14)])
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.suptitle("the untrained model read out at every depth, final norm applied", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def draw_costs(path, rows):
+    """Quality against cost: one dot a depth, over operations an item and over items a second."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    quality = [100 * row["hit_rate@5"] for row in rows]
+    cost = (("GFLOP an item", [row["gflops_per_item"] for row in rows]),
+            ("items a second", [row["items_per_s"] for row in rows]))
+    for axis, (label, values) in zip(axes, cost):
+        axis.plot(values, quality, "o-", color="tab:blue")
+        for row, x, y in zip(rows, values, quality):
+            axis.annotate(f" k = {row['depth']}", (x, y), fontsize=9, va="top")
+        axis.set(xlabel=label, ylabel="hit rate @5, %, sampled local pools", ylim=(0, None))
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.grid(alpha=0.3)
+    names = [f"k = {row['depth']}" for row in rows]
+    left = [0.0] * len(rows)
+    for key, colour in (("vision", "tab:green"), ("decoder", "tab:blue"), ("reading", "0.75")):
+        values = [row["latency_ms"][key] for row in rows]
+        axes[2].barh(names, values, left=left, color=colour, label=key)
+        left = [a + b for a, b in zip(left, values)]
+    axes[2].set(xlabel="latency at batch 1, ms", xlim=(0, 1.1 * max(left)))
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

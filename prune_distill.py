@@ -8,6 +8,8 @@ Qwen3-VL, Qwen2, Llama, ...); needs torch only, so it can be copied into your ow
     student = prune_layers(copy.deepcopy(teacher), keep=12)
     loss = 0.9 * contrastive + 0.1 * distill_loss(student_state, teacher_state)      # stage 1
 
+    python prune_distill.py toy/tiny-qwen2-vl                   # what each layer knows; which k
+
 Cutting after layer k and keeping the final norm gives exactly the full model's hidden state k,
 normed: nothing is approximated, the model is just read out early. What is lost is what layers
 k+1..L would have added, and the full model, frozen, still knows it: its last state is the
@@ -162,20 +164,35 @@ def depth_costs(model, batch):
     return costs
 
 
+def linear_cka(x, y):
+    """Likeness of two (N, D) representations, 1 if one is the other rotated and scaled (Kornblith
+    et al., 2019): ||Y'X||^2 / (||X'X|| ||Y'Y||) of the centred ones."""
+    x, y = (part - part.mean(0) for part in (x, y))
+    return ((y.T @ x).norm() ** 2 / ((x.T @ x).norm() * (y.T @ y).norm()).clamp(1e-30)).item()
+
+
+def _states(model, items, batch_size, keep_last):
+    """(L + 1, N, D): items read out at every depth; `keep_last`: layers 1..d-1 and the last."""
+    options = {"show_progress": False, "forward": lambda batch: layer_embeddings(model, batch)}
+    states, decoder = model.encode(items, batch_size, **options), find_decoder(model)
+    layers = decoder.layers
+    for depth in range(1, len(layers) if keep_last else 0):
+        decoder.layers = nn.ModuleList([*layers[: depth - 1], layers[-1]])
+        states[depth] = model.encode(items, batch_size, **options)[-1]
+    decoder.layers = layers
+    return states
+
+
 @torch.inference_mode()
-def layer_report(model, queries, candidates, positives, k=5, batch_size=64):
+def layer_report(model, queries, candidates, positives, k=5, batch_size=64, keep_last=False):
     """What each layer knows: read an untrained PUMA model out at every depth (not in the paper).
 
     queries, candidates: items; positives: for each query the set of right candidate indices.
-    Returns one dict a depth 0..L: `depth`, `hit_rate@k` of exact search, `cosine` (mean, of the
-    queries' and candidates' states to those of the last layer), `parameters`, `flops` an item.
+    Returns one dict a depth 0..L: `depth`, `hit_rate@k` of exact search, `cosine` (mean) and linear
+    `cka` of all embeddings to those of the last layer, `parameters`, `flops` an item. One forward
+    pass an item; `keep_last` (layers 1..d-1 and the last at depth d) takes one more a depth.
     """
-    states = []
-    for items in (queries, candidates):
-        chunks = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
-        batches = ({key: v.to(model.device) for key, v in model.collate(c).items()} for c in chunks)
-        states.append(torch.cat([layer_embeddings(model, batch).cpu() for batch in batches], dim=1))
-    query_states, candidate_states = (F.normalize(s, dim=-1) for s in states)  # (L + 1, Q | N, D)
+    states = _states(model, [*queries, *candidates], batch_size, keep_last)  # (L + 1, Q + N, D)
     sample = queries[:batch_size]
     batch = {key: v.to(model.device) for key, v in model.collate(sample).items()}
     costs = depth_costs(model, batch)
@@ -183,15 +200,21 @@ def layer_report(model, queries, candidates, positives, k=5, batch_size=64):
     for row, columns in enumerate(positives):
         right[row, list(columns)] = True
     report = []
-    for depth, (query, candidate) in enumerate(zip(query_states, candidate_states)):
+    for depth, state in enumerate(states):
+        query, candidate = state.split([len(queries), len(candidates)])
         top = (query @ candidate.T).topk(min(k, len(candidates))).indices
-        both = torch.cat([query, candidate])
-        last = torch.cat([query_states[-1], candidate_states[-1]])
         report.append({
             "depth": depth,
             f"hit_rate@{k}": right.gather(1, top).any(1).float().mean().item(),
-            "cosine": (both * last).sum(-1).mean().item(),
+            "cosine": (state * states[-1]).sum(-1).mean().item(),
+            "cka": linear_cka(state, states[-1]),
             "parameters": costs[depth][0],
             "flops": costs[depth][1] / len(sample),
         })
     return report
+
+
+if __name__ == "__main__":  # python prune_distill.py MODEL --data DIR: which depth to keep
+    from layer_choice import main
+
+    main()

@@ -7,7 +7,7 @@ The first call embeds the pool into `runs/puma-1/model/cache/<key>.npy`, noting 
 in a file beside it; the next one only opens the file. The key is a hash over all that the
 embeddings depend on: the model's files, the code that embeds, and every item with the time of its
 image's last change. Change one, and they are computed again. Under torchrun, each of W processes
-embeds every W-th chunk.
+(of one machine: they write into one file) embeds every W-th chunk.
 Shapes: N items, D width.
 """
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from items import as_item, load_image
 
 
@@ -36,15 +37,17 @@ def embed_to_file(path, items, encode, width, about=None, skip_bad=False, chunk_
     if not len(items):
         raise ValueError("cannot embed: the pool is empty")
     chunks = -(-len(items) // chunk_size)
-    if not all(file.exists() for file in _files(path)):
+    if distributed.rank() == 0 and not all(file.exists() for file in _files(path)):
         _create(path, shape, chunks, about or {})
+    distributed.barrier()
     vectors = _open(path, shape)
     done = np.memmap(_files(path)[1], dtype=np.uint8, mode="r+")
     if len(done) != chunks:
         raise ValueError(f"{path} was written in {len(done)} chunks, expected {chunks}: delete it")
-    todo = [number for number in range(chunks) if not done[number]]
-    bar = tqdm(total=len(items), desc="encode", unit="item", disable=not todo, leave=False)
-    bar.update(len(items) - sum(min(chunk_size, len(items) - i * chunk_size) for i in todo))
+    own = range(distributed.rank(), chunks, distributed.world_size())
+    todo = [number for number in own if not done[number]]
+    bar = tqdm(total=len(own) * chunk_size, initial=(len(own) - len(todo)) * chunk_size,
+               desc="encode", unit="item", disable=not todo or distributed.rank(), leave=False)
     for number in todo:
         rows = range(number * chunk_size, min((number + 1) * chunk_size, len(items)))
         part = _encode(items, rows, encode, skip_bad)
@@ -52,8 +55,9 @@ def embed_to_file(path, items, encode, width, about=None, skip_bad=False, chunk_
         vectors.flush()  # first the vectors, then the note that they are there
         done[number] = 1
         done.flush()
-        bar.update(len(rows))
+        bar.update(chunk_size)
     bar.close()
+    distributed.barrier()
     return torch.from_numpy(vectors)
 
 
@@ -186,7 +190,7 @@ class Cache:
             return _encode(items, range(len(items)), encode, skip_bad)
         path, width = self.folder / f"{key}.npy", self.model.ret_embedding.numel()
         vectors = embed_to_file(path, items, encode, width, {"what": what}, skip_bad)
-        for old in self.folder.glob("*.json"):
+        for old in self.folder.glob("*.json") if distributed.rank() == 0 else ():
             if old.stem != key and json.loads(old.read_text()).get("what") == what:
                 for file in _files(old.with_suffix(".npy")):
                     file.unlink(missing_ok=True)

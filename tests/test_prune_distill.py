@@ -28,6 +28,7 @@ from prune_distill import (
     find_decoder,
     layer_embeddings,
     layer_report,
+    linear_cka,
     prune_layers,
 )
 from puma import PUMA
@@ -437,17 +438,56 @@ def test_layer_report_equals_a_slow_one(puma):
     report = layer_report(puma, queries, candidates, positives, k=3, batch_size=5)
     depth = len(find_decoder(puma).layers)
     assert [row["depth"] for row in report] == list(range(depth + 1))
-    assert all(set(row) == {"depth", "hit_rate@3", "cosine", "parameters", "flops"}
+    assert all(set(row) == {"depth", "hit_rate@3", "cosine", "cka", "parameters", "flops"}
                for row in report)
     for before, after in zip(report, report[1:]):
         assert before["parameters"] < after["parameters"] and before["flops"] < after["flops"]
     assert report[-1]["parameters"] == parameters(puma)
     assert all(0 <= row["hit_rate@3"] <= 1 and -1 <= row["cosine"] <= 1 + 1e-6 for row in report)
-    assert report[-1]["cosine"] == pytest.approx(1, abs=1e-5) and report[1]["cosine"] < 0.999
+    for likeness in ("cosine", "cka"):
+        assert report[-1][likeness] == pytest.approx(1, abs=1e-5) and report[1][likeness] < 0.999
     for keep in (2, depth):
         cut = PUMA.from_pretrained(MODEL, keep_layers=keep).eval()
         expected = slow_hit_rate(cut, queries, candidates, positives, 3)
         assert report[keep]["hit_rate@3"] == pytest.approx(expected)
+
+
+def test_the_keep_last_report_equals_models_that_are_pruned_so(puma):
+    queries, candidates = ITEMS[:8], ITEMS[8:]
+    positives = [{i, (3 * i + 1) % 12} for i in range(8)]
+    depth = len(find_decoder(puma).layers)
+    plain = layer_report(puma, queries, candidates, positives, k=3)
+    report = layer_report(puma, queries, candidates, positives, k=3, keep_last=True)
+    assert len(find_decoder(puma).layers) == depth, "the model is whole again"
+    assert report[0] == plain[0] and report[-1] == plain[-1]
+    for keep in (1, 3):
+        cut = prune_layers(copy.deepcopy(puma), keep, keep_last=True)
+        expected = slow_hit_rate(cut, queries, candidates, positives, 3)
+        assert report[keep]["hit_rate@3"] == pytest.approx(expected)
+        likeness = (cut.encode(ITEMS) * puma.encode(ITEMS)).sum(-1).mean().item()
+        assert report[keep]["cosine"] == pytest.approx(likeness, abs=1e-5)
+        assert report[keep]["cosine"] != pytest.approx(plain[keep]["cosine"], abs=1e-3)
+
+
+def test_linear_cka_equals_a_slow_one_and_ignores_rotation_scale_and_shift():
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+
+    def slow(x, y):  # Hilbert-Schmidt independence of the centred Gram matrices
+        n = len(x)
+        def gram(z):
+            mean = [sum(row[d] for row in z) / n for d in range(len(z[0]))]
+            z = [[v - m for v, m in zip(row, mean)] for row in z]
+            return [[sum(a * b for a, b in zip(p, q)) for q in z] for p in z]
+        def hsic(a, b):
+            return sum(a[i][j] * b[i][j] for i in range(n) for j in range(n))
+        a, b = gram(x.tolist()), gram(y.tolist())
+        return hsic(a, b) / math.sqrt(hsic(a, a) * hsic(b, b))
+
+    assert linear_cka(x, y) == pytest.approx(slow(x, y))
+    assert linear_cka(x, x) == pytest.approx(1)
+    rotation = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64))[0]
+    assert linear_cka(x, 3 * x @ rotation + 5) == pytest.approx(1)
 
 
 def test_layer_report_finds_every_query_that_is_its_own_candidate(puma):

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +69,38 @@ def test_a_run_that_was_killed_continues_where_it_stopped(tmp_path):
     assert again.seen == []
     assert np.load(path).shape == (50, 3), "an ordinary .npy file"
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+RANK = """
+import sys
+import distributed
+from vectors import embed_to_file
+sys.path.insert(0, "tests")
+from test_vectors import TEXTS, Encoder
+distributed.start("cpu")
+encode = Encoder()
+vectors = embed_to_file(sys.argv[1], TEXTS, encode, 3, chunk_size=4)
+print(len(encode.seen), vectors.float().sum().item())
+distributed.stop()
+"""
+
+
+def test_two_processes_share_the_work_and_both_see_all_of_it(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = []
+    for rank in range(2):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        children.append(subprocess.Popen(
+            [sys.executable, "-c", RANK, str(tmp_path / "a.npy")], cwd=ROOT, text=True,
+            env=os.environ | variables, stdout=subprocess.PIPE))
+    outputs = [child.communicate(timeout=100)[0].split() for child in children]
+    whole = embed_to_file(tmp_path / "b.npy", TEXTS, Encoder(), 3, chunk_size=4)
+    assert [int(count) for count, _ in outputs] == [26, 24], "7 chunks and 6, the last of 2 texts"
+    assert {float(total) for _, total in outputs} == {whole.float().sum().item()}
+    assert torch.equal(torch.from_numpy(np.load(tmp_path / "a.npy")), whole)
 
 
 def test_empty_pools_other_shapes_and_embeddings_that_are_no_numbers_are_errors(tmp_path):
