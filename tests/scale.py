@@ -6,6 +6,12 @@ writes the directory if it is not there (about 3 GB, no images), opens the train
 does, and prints the seconds until the first batch and the most memory that was resident. `--only
 write` or `--only train` does one of both, so that writing does not count in what is measured.
 
+    python tests/scale.py --out data/glyph_beir --only loader
+
+prints the batches a second that train.py's loader prepares, by its number of worker processes, and
+the steps a second of the toy model on a batch that is ready: the former should be more. Last, how
+many photos of M-BEIR's size a worker makes ready: how many workers a GPU needs follows from that.
+
 The texts' lengths are like M-BEIR's: captions, and Wikipedia snippets of up to 900 characters; the
 queries of the up-sampled training set repeat, and list positives of both OVEN and InfoSeek.
 """
@@ -15,8 +21,11 @@ import json
 import random
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -82,18 +91,61 @@ def train(root, batch_size):
           f"of which {before / 2**20:.2f} GiB before it began")
 
 
+def loader(root, batch_size):
+    """Batches a second of the loader with 0, 1, 2 workers; steps a second of the toy model."""
+    import torch
+
+    from data import Benchmark, TrainSet
+    from puma import PUMA
+    from settings import Config
+    from train import Batcher, stage_losses, training_step
+
+    config = Config(batch_size=batch_size)
+    batches = TrainSet(Benchmark(root), batch_size, steps=20)
+    student = PUMA.from_pretrained(config.model, keep_layers=config.keep_layers)
+    for workers in (0, 1, 2):
+        ready = iter(torch.utils.data.DataLoader(
+            batches, batch_size=None, num_workers=workers, collate_fn=Batcher(student, config)))
+        batch = next(ready)  # the workers have started
+        started = time.perf_counter()
+        count = sum(1 for _ in ready)
+        print(f"{workers} workers: {count / (time.perf_counter() - started):.1f} batches/s")
+    student.train()
+    seconds = []
+    for _ in range(6):
+        started = time.perf_counter()
+        training_step(student, None, batch,
+                      lambda states, teacher: stage_losses(states, teacher, batch, 2, 0.5, config))
+        seconds.append(time.perf_counter() - started)
+    print(f"model, stage 2, without optimizer: {1 / sorted(seconds)[2]:.1f} steps/s of "
+          f"{batch_size} pairs")
+    student.image_processor.size = {"shortest_edge": 4 * 28**2, "longest_edge": 300 * 28**2}
+    with tempfile.TemporaryDirectory() as folder:
+        for quality in range(40, 72):  # 32 different files
+            Image.effect_noise((500, 375), 60).convert("RGB").save(
+                f"{folder}/{quality}.jpg", quality=quality)
+        items = [{"image": path} for path in Path(folder).iterdir()]
+        started = time.perf_counter()
+        student.collate(items)
+        print(f"JPEG files of 500 x 375 pixels: {len(items) / (time.perf_counter() - started):.0f} "
+              "items/s in one process")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the directory; written if absent")
     parser.add_argument("--queries", type=int, default=1_300_000, help="training queries")
     parser.add_argument("--candidates", type=int, default=5_600_000, help="size of the pool")
-    parser.add_argument("--batch-size", type=int, default=600, help="pairs in a batch")
-    parser.add_argument("--only", choices=["write", "train"], help="default: both")
+    parser.add_argument("--batch-size", type=int, default=128, help="pairs in a batch")
+    parser.add_argument("--only", choices=["write", "train", "loader"],
+                        help="default: write, train")
     args = parser.parse_args()
     if not args.out.exists():
         write(args.out, args.queries, args.candidates)
-    if args.only != "write":
+    if args.only in (None, "train"):
         train(args.out, args.batch_size)
+    if args.only == "loader":
+        loader(args.out, args.batch_size)
 
 
 if __name__ == "__main__":
