@@ -73,7 +73,7 @@ def main():
               f"{work / seconds / 1e9:>8.0f} GFLOP/s")
         same = (rows.numpy() == found).mean()
         worst = np.abs(scores.numpy() - theirs).max()
-        print(f"same candidates in the same order: {same:.2%}; scores differ by {worst:.0e} at most")
+        print(f"same candidates in the same order: {same:.2%}; scores differ by {worst:.0e}")
 
 
 if __name__ == "__main__":

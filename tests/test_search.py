@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from search import search, stable_topk
+from search import _plain, search, stable_topk
 
 
 def slow_ranking(scores, k):
@@ -14,17 +14,18 @@ def slow_ranking(scores, k):
 
 @pytest.mark.parametrize("levels", [2, 5, 1000])
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
-def test_search_agrees_with_a_full_sort_ties_included(levels, chunk_size, monkeypatch):
+@pytest.mark.parametrize("coarse", [False, True])
+def test_search_agrees_with_a_full_sort_ties_included(levels, chunk_size, coarse, monkeypatch):
     monkeypatch.setattr("search.BLOCK", 6)
     torch.manual_seed(levels)
     queries = torch.randint(0, levels, (20, 3)).float()
     candidates = torch.randint(0, levels, (31, 3)).float()
     rows = torch.randperm(31)[:22]
     for k in (1, 5, 31, 50):
-        scores, indices = search(queries, candidates, k, chunk_size)
+        scores, indices = search(queries, candidates, k, chunk_size, coarse=coarse)
         assert indices.tolist() == slow_ranking((queries @ candidates.T).tolist(), k)
         assert torch.equal(scores, (queries @ candidates.T).gather(1, indices))
-        _, indices = search(queries, candidates, k, chunk_size, rows)
+        _, indices = search(queries, candidates, k, chunk_size, rows, coarse=coarse)
         assert indices.tolist() == slow_ranking((queries @ candidates[rows].T).tolist(), k)
 
 
@@ -35,6 +36,31 @@ def test_topk_prefers_the_lower_column_among_equals(k):
     values, columns = stable_topk(scores, k)
     assert columns.tolist() == slow_ranking(scores.tolist(), k)
     assert torch.equal(values, scores.gather(1, columns))
+
+
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 0.1, 1.0])
+def test_the_bfloat16_filter_loses_nothing_however_close_the_scores(spread, monkeypatch):
+    torch.manual_seed(0)
+    centre = torch.randn(1, 48, dtype=torch.float64)
+    queries = (centre + spread * torch.randn(30, 48)).float()
+    candidates = (centre + spread * torch.randn(3000, 48)).half()  # |c| differs, scores are close
+    plain = []
+    monkeypatch.setattr("search._plain", lambda *args: plain.append(1) or _plain(*args))
+    scores, indices = search(queries, candidates, 10, chunk_size=500, coarse=True)
+    assert (spread == 1.0) <= (not plain), "far apart, the filter is used"
+    exact = queries.double() @ candidates.double().T
+    expected = exact.sort(dim=1, descending=True, stable=True)
+    torch.testing.assert_close(scores.double(), expected.values[:, :10], rtol=1e-5, atol=1e-5)
+    assert (exact.gather(1, indices) >= expected.values[:, 9:10] - 1e-4 * scores[:, :1].abs()).all()
+    assert all(len(set(row)) == 10 for row in indices.tolist())
+
+
+def test_equal_candidates_in_different_chunks_keep_the_pools_order():
+    torch.manual_seed(0)
+    one = torch.randn(5, 96)
+    candidates = torch.cat([torch.randn(700, 96), *[one] * 8, torch.randn(203, 96)])
+    _, indices = search(one, candidates, 8, chunk_size=100, coarse=True)
+    assert indices.tolist() == [[700 + i + 5 * copy for copy in range(8)] for i in range(5)]
 
 
 class Watched:
