@@ -55,6 +55,16 @@ def test_the_bfloat16_filter_loses_nothing_however_close_the_scores(spread, monk
     assert all(len(set(row)) == 10 for row in indices.tolist())
 
 
+@pytest.mark.parametrize("chunk_size", [1, 20])
+def test_a_candidate_that_bfloat16_underestimates_is_found(chunk_size):
+    """With 8 bits, the first scores 2^-7 instead of 0.0020, the second 0 instead of 0.0029."""
+    pairs = [(1 + 5 / 1024, -1 - 3 / 1024), (1 + 3 / 1024, -1.0), *[(-1.0, 0.5)] * 18]
+    candidates, query = torch.tensor(pairs).half(), torch.ones(1, 2)
+    assert (query.bfloat16() @ candidates.bfloat16().T)[0, :2].tolist() == [2**-7, 0]
+    scores, indices = search(query, candidates, 1, chunk_size, coarse=True)
+    assert indices.tolist() == [[1]] and scores.tolist() == [[3 / 1024]]
+
+
 def test_equal_candidates_in_different_chunks_keep_the_pools_order():
     torch.manual_seed(0)
     one = torch.randn(5, 96)
