@@ -33,6 +33,7 @@ from prune_distill import depth_costs
 from puma import PUMA, to_device
 from report import confusion_table, metrics_table, table, write_json, write_markdown, write_trec
 from search import search
+from thumbnails import draw_search
 from vectors import Cache
 
 __all__ = ["Embedded", "efficiency", "evaluate", "gallery_rows", "score", "split_cells", "table",
@@ -232,8 +233,6 @@ def show(model, data, query, out, batch_size=64, modality=None, k=10, *, pool=No
     for rank, (value, item, kind, name) in enumerate(found, 1):
         content = " ".join((item["text"] or item["image"]).split())
         print(f"{rank:>3}  {value:.3f}  {kind:<10}  {name:<24}  {content[:70]}")
-    from pictures import draw_search
-
     out.mkdir(parents=True, exist_ok=True)
     draw_search(out / "search.png", query, found)
     print(f"wrote {out / 'search.png'}")

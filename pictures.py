@@ -1,4 +1,4 @@
-"""The pictures: training curves, search results, what kind of wrong they are, layers, costs."""
+"""The plots: training curves, test queries with results, kinds of wrong results, layers, costs."""
 
 import textwrap
 
@@ -50,25 +50,6 @@ def draw_gallery(path, rows, columns=5):
             _draw_item(axis, item, f"{score:.3f}", colour, width)
         for axis in line[1 + len(found) :]:
             axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-
-
-def draw_search(path, query, found, columns=5):
-    """One query and its results, best first: [(score, item, modality, name)]."""
-    lines = -(-len(found) // columns)
-    figure, axes = plt.subplots(lines, columns + 1, squeeze=False,
-                                figsize=(2 * columns + 2.4, 2.15 * lines + 0.2))
-    for axis in axes.flat:
-        axis.axis("off")
-    axes[0, 0].axis("on")
-    _draw_item(axes[0, 0], query, "query", "tab:blue", width=1.5)
-    for rank, (score, item, modality, name) in enumerate(found):
-        axis = axes[rank // columns, 1 + rank % columns]
-        axis.axis("on")
-        name = name if len(name) < 28 else "..." + name[-24:]
-        _draw_item(axis, item, f"{rank + 1}.  {score:.3f}  {modality}\n{name}", "0.8", 1)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)

@@ -46,16 +46,17 @@ def embed_to_file(path, items, encode, width, about=None, skip_bad=False, chunk_
         raise ValueError(f"{path} was written in {len(done)} chunks, expected {chunks}: delete it")
     own = range(distributed.rank(), chunks, distributed.world_size())
     todo = [number for number in own if not done[number]]
-    bar = tqdm(total=len(own) * chunk_size, initial=(len(own) - len(todo)) * chunk_size,
+    sizes = {number: min(chunk_size, len(items) - number * chunk_size) for number in own}
+    bar = tqdm(total=sum(sizes.values()), initial=sum(sizes[i] for i in set(own) - set(todo)),
                desc="encode", unit="item", disable=not todo or distributed.rank(), leave=False)
     for number in todo:
-        rows = range(number * chunk_size, min((number + 1) * chunk_size, len(items)))
+        rows = range(number * chunk_size, number * chunk_size + sizes[number])
         part = _encode(items, rows, encode, skip_bad)
         vectors[rows.start : rows.stop] = part.half().numpy()
         vectors.flush()  # first the vectors, then the note that they are there
         done[number] = 1
         done.flush()
-        bar.update(chunk_size)
+        bar.update(len(rows))
     bar.close()
     distributed.barrier()
     return torch.from_numpy(vectors)
