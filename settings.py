@@ -65,7 +65,7 @@ class Config:
     max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
     max_text_tokens: int = arg(450, "instruction + text are cut there (paper: 450)")
     # the run
-    workers: int = arg(1, "processes that prepare batches; on a GPU 4 or more keep ahead of it")
+    workers: int = arg(1, "processes that prepare batches; on a GPU one a core (15 ms a photo)")
     checkpoint_every: int = arg(200, "steps between checkpoints")
     keep_checkpoints: int = arg(2, "so many of the newest are kept")
     seed: int = arg(0, "batches, instructions and choice of positives follow from it")
