@@ -157,8 +157,8 @@ def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
     results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
     sample = [item for cell in cells for item in cell.items[:24]]
     results["efficiency"] = efficiency(model, sample, batch_size)
-    results["settings"] = {"data": str(data), "split": split, "limit": limit,
-                           "popularity_penalty": popularity_penalty}
+    results["settings"] = {"model": cache and cache.name, "data": str(data), "split": split,
+                           "limit": limit, "popularity_penalty": popularity_penalty}
     report(results, out, embedded, cells, rankings)
     return results
 

@@ -54,8 +54,9 @@ def metrics_table(results, which):
 def headline(entry, which):
     """`71.4 [67.2, 75.2] hit@5`."""
     low, high = entry["intervals"][which]["headline"]
-    metric = SHOWN.get(entry.get("headline_metric"), "")
-    return f"{100 * entry[which]['headline']:.1f} [{100 * low:.1f}, {100 * high:.1f}] {metric}"
+    metric = SHOWN.get(entry.get("headline_metric"), "")  # an average has several
+    value = entry[which]["headline"]
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] {metric}".strip()
 
 
 def confusion_table(confusion):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import distributed
 from items import as_item, load_image
+from report import write_json
 
 
 def embed_to_file(path, items, encode, width, about=None, skip_bad=False, chunk_size=1_024):
@@ -76,7 +77,7 @@ def _create(path, shape, chunks, about):
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
     progress.write_bytes(bytes(chunks))
-    description.write_text(json.dumps(about | {"shape": shape}, indent=1) + "\n")
+    write_json(description, about | {"shape": shape})
     os.replace(temporary, vectors)
 
 
@@ -161,7 +162,7 @@ class Cache:
     """
 
     def __init__(self, model, name):
-        self.model = model
+        self.model, self.name = model, str(name)
         home = Path(name)
         if not home.is_dir():
             from transformers.utils import cached_file

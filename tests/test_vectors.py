@@ -188,6 +188,14 @@ def test_a_model_folder_that_cannot_be_written_has_its_cache_elsewhere(
     torch.testing.assert_close(cache.embed(items, "texts"), vectors.float(), atol=1e-3, rtol=0)
 
 
+def test_a_hub_model_has_its_cache_under_results(puma, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.utils.cached_file", lambda name, file: model_folder / file)
+    cache = Cache(puma, "Qwen/Qwen2-VL-2B-Instruct")
+    assert str(cache.folder) == "results/Qwen-Qwen2-VL-2B-Instruct/cache"
+    assert not (model_folder / "cache").exists(), "the hub's files are not ours"
+
+
 def test_unreadable_items_are_named_or_skipped(puma, model_folder, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     items = [{"text": "a"}, {"image": str(tmp_path / "bad.png")}, {"text": "b"}]
