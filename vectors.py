@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,12 @@ class Cache:
                     f"{next(model.parameters()).dtype}")
         self.identity = fingerprint(files, [path.read_text() for path in code], settings)
         fallback = Path("results") / "-".join(Path(name).parts[-2:])
-        places = [home / "cache"] * (home == Path(name)) + [fallback / "cache"]
-        self.folder = next(filter(_writable, places), None)
+        self.places = [home / "cache"] * (home == Path(name)) + [fallback / "cache"]
+
+    @cached_property
+    def folder(self):
+        """The first place that can be written, made when first needed; None if there is none."""
+        return next(filter(_writable, self.places), None)
 
     def embed(self, items, what, batch_size=64, skip_bad=False):
         """Embeddings (N, D) of a sequence of items, from the file or computed into it.

@@ -112,11 +112,11 @@ def run_cli(monkeypatch, capsys, *arguments):
 
 def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_path, glyph_beir,
                                                     model, tmp_path_factory):
-    model = ("--data", glyph_beir, model[0])
+    folder, model = model[0], ("--data", glyph_beir, model[0])
     missing, empty = tmp_path / "missing", tmp_path_factory.mktemp("empty")
     monkeypatch.chdir(tmp_path)
     cases = [
-        (("--data", tmp_path, MODEL), "is no M-BEIR directory: expected the folder"),
+        (("--data", tmp_path, folder), "is no M-BEIR directory: expected the folder"),
         (("--data", glyph_beir, missing), "does not exist"),
         ((*model, "--split", "nonsense"), "expected files mbeir_"),
         ((*model, "--image", missing, "--out", tmp_path / "a"), f"cannot read image {missing}"),
