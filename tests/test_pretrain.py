@@ -1,0 +1,97 @@
+"""toy/pretrain.py: what the tiny MLLM is trained on, its labels, its schedule, and resuming."""
+
+import argparse
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODEL
+
+from puma import PUMA
+from toy import pretrain
+from toy.glyph_beir import World
+
+
+@pytest.fixture(scope="module")
+def corpus(glyph_beir):
+    return pretrain.Corpus(glyph_beir)
+
+
+def everything(corpus):
+    return [pair for group in [*corpus.queries.values(), *corpus.candidates.values()]
+            for pair in group]
+
+
+def test_pre_training_sees_no_held_out_face_and_no_zero_shot_character(corpus):
+    world = World()
+    unseen = {world.names[char] for char in world.zero}
+    pairs = everything(corpus)
+    assert len(pairs) > 40_000
+    assert not unseen & {name for _, name in pairs}
+    faces = {Path(item["image"]).parent.name for item, _ in pairs if item["image"]}
+    assert faces and not faces & {"Serif-Italic", "SansMono-Oblique", "Sans-BoldOblique"}
+
+
+def test_summaries_are_of_candidates_and_of_queries_that_need_no_composing(corpus):
+    prompts = {prompt + ".": task for task, prompts in pretrain.INSTRUCTIONS.items()
+               for prompt in prompts}
+    rng = random.Random(0)
+    items = [corpus.sample_summary(rng)[0] for _ in range(500)]
+    tasks = {prompts[item["instruction"]] for item in items if "instruction" in item}
+    assert tasks == set(pretrain.SUMMARISED_TASKS)
+    assert 200 < sum("instruction" not in item for item in items) < 400
+
+
+def test_the_label_of_a_summary_gives_each_word_of_the_name_the_same_share():
+    puma = PUMA.from_pretrained(MODEL, keep_layers=1)
+    label = pretrain.word_distribution(puma, "latin small letter a with acute")
+    assert sum(label.values()) == pytest.approx(1)
+    tokens = puma.tokenize([" latin"])[0]
+    assert sum(label[token] for token in tokens) == pytest.approx(1 / 6)
+
+
+def test_each_predicting_state_stands_just_before_its_answers_token(corpus):
+    puma = PUMA.from_pretrained(MODEL, keep_layers=1)
+    batch, (rows, columns), labels = pretrain.answer_batch(puma, corpus, random.Random(1), 5)
+    assert set(rows.tolist()) == set(range(5))
+    answers = labels.argmax(1)
+    assert torch.equal(batch["input_ids"][rows, columns + 1], answers)
+    end = puma.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    last = columns == batch["input_ids"].shape[1] - 2
+    assert last.sum() == 5 and (answers[last] == end).all()
+
+
+def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth():
+    rates = [pretrain.learning_rate(step, 2000, 1e-3) for step in range(2000)]
+    assert rates[0] == pytest.approx(1e-3 / 300, rel=1e-3)
+    assert max(rates) == rates[299] and rates[299] == pytest.approx(1e-3, rel=0.06)
+    assert rates[-1] == pytest.approx(1e-3 / 50, rel=1e-3)
+    assert rates[1150] == pytest.approx(
+        1e-3 * (0.02 + 0.49 * (1 + math.cos(math.pi * 1150 / 2000))))
+
+
+def test_a_resumed_pre_training_ends_with_the_weights_of_an_uninterrupted_one(
+    corpus, tmp_path, monkeypatch
+):
+    def run(folder, stop_after=None):
+        tokenizer = pretrain.make_tokenizer(corpus)
+        model = pretrain.make_model(tokenizer, seed=0)
+        size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
+        processor = pretrain.Qwen2VLImageProcessorPil(size=size)
+        puma = pretrain.CachedPUMA(model.model, tokenizer, processor)
+        args = argparse.Namespace(work=folder, steps=2, second_steps=2, batch_size=16, lr=1e-3,
+                                  seed=0)
+        if stop_after:
+            args.steps, args.second_steps = stop_after, 0
+        pretrain.train(corpus, puma, model, args)
+        return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+    monkeypatch.setattr(pretrain, "learning_rate", lambda step, steps, peak: peak)
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "cut", stop_after=2)
+    resumed = run(tmp_path / "cut")
+    assert whole["step"] == resumed["step"] == 4
+    for name, weight in whole["model"].items():
+        assert torch.equal(weight, resumed["model"][name]), name
