@@ -35,7 +35,8 @@ import evaluate
 import memory
 from data import Benchmark, TrainSet, duplicate_mask
 from mac_loss import hard_temperature, mac_loss
-from pictures import draw_curves, draw_gallery
+from metrics import modality_confusion
+from pictures import draw_confusion, draw_curves, draw_gallery
 from prune_distill import distill_loss, find_decoder, layer_embeddings, prune_layers
 from puma import PUMA, to_device
 from run import Run, random_state, replayed
@@ -123,8 +124,8 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         memory.set_dropout(student, config.of_stage(stage, "lora_dropout"))
     loader = DataLoader(Subset(dataset, range(first, steps)), batch_size=None,
                         collate_fn=Batcher(student, config), num_workers=config.workers)
-    bar = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step",
-               disable=distributed.rank() > 0)
+    quiet = {"disable": True} if distributed.rank() else {}  # one bar for all processes
+    bar = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step", **quiet)
     started = time.perf_counter()
     for step, batch in enumerate(bar, first):
         batch = move(batch, student.device)
@@ -271,10 +272,13 @@ def compare(config, student, folder, device):
     print(evaluate.table(columns))
     baselines = {"full": columns["MLLM"], "pruned": columns["pruned"]}
     results = {**columns["PUMA"], "baselines": baselines, "settings": asdict(config)}
+    results["confusion"] = modality_confusion(cells, rankings, trained.modality)
     evaluate.write_trec(folder / "trec", cells, rankings)
     draw_gallery(folder / "gallery.png", evaluate.gallery_rows(trained, cells, rankings))
+    if results["confusion"]:  # there is a global pool
+        draw_confusion(folder / "confusion.png", results["confusion"])
     evaluate.write_json(folder / "results.json", results)
-    print(f"wrote {folder / 'results.json'} and {folder / 'gallery.png'}")
+    print(f"wrote {folder / 'results.json'}, {folder / 'gallery.png'} and confusion.png")
 
 
 def labels_of(config, stage):
