@@ -34,14 +34,16 @@ def test_pre_training_sees_no_held_out_face_and_no_zero_shot_character(corpus):
     assert faces and not faces & {"Serif-Italic", "SansMono-Oblique", "Sans-BoldOblique"}
 
 
-def test_summaries_are_of_candidates_and_of_queries_that_need_no_composing(corpus):
+def test_summaries_are_of_candidates_and_of_queries_as_retrieval_embeds_them(corpus):
     prompts = {prompt + ".": task for task, prompts in pretrain.INSTRUCTIONS.items()
                for prompt in prompts}
     rng = random.Random(0)
-    items = [corpus.sample_summary(rng)[0] for _ in range(500)]
-    tasks = {prompts[item["instruction"]] for item in items if "instruction" in item}
-    assert tasks == set(pretrain.SUMMARISED_TASKS)
-    assert 200 < sum("instruction" not in item for item in items) < 400
+    items = [corpus.sample_summary(rng)[0] for _ in range(1000)]
+    tasks = [prompts[item["instruction"]] for item in items if "instruction" in item]
+    assert set(tasks) == set(pretrain.INSTRUCTIONS)
+    assert 500 < len(tasks) < 700
+    edits = sum(task in pretrain.EDIT_TASKS for task in tasks)
+    assert 0.6 < edits / len(tasks) < 0.73  # four tasks of eight, each drawn twice as often
 
 
 def test_the_label_of_a_summary_gives_each_word_of_the_name_the_same_share():
@@ -81,10 +83,8 @@ def test_a_resumed_pre_training_ends_with_the_weights_of_an_uninterrupted_one(
         size = {"shortest_edge": 56 * 56, "longest_edge": 56 * 56}
         processor = pretrain.Qwen2VLImageProcessorPil(size=size)
         puma = pretrain.CachedPUMA(model.model, tokenizer, processor)
-        args = argparse.Namespace(work=folder, steps=2, second_steps=2, batch_size=16, lr=1e-3,
+        args = argparse.Namespace(work=folder, steps=stop_after or 4, batch_size=16, lr=1e-3,
                                   seed=0)
-        if stop_after:
-            args.steps, args.second_steps = stop_after, 0
         pretrain.train(corpus, puma, model, args)
         return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 

@@ -11,6 +11,7 @@ are written. Runs go side by side with one thread each: two such do more than on
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -262,13 +263,15 @@ def main():
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--seeds", type=int, default=5, help="runs of each line")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs/ablation", help="one file a run")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/ablation", help="its subfolders")
     parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown group {sorted(unknown)[0]}: choose from {', '.join(GROUPS)}")
     os.chdir(ROOT)  # the paths in Config are relative to the repository
+    weights = Path(BASE.model, "model.safetensors").read_bytes()
+    args.work /= hashlib.sha256(weights).hexdigest()[:8]  # another MLLM has other results
     evaluate.ensure_data(BASE.data)
     for group in () if args.report else args.groups or GROUPS:
         run_group(group, args.seeds, args.work, args.workers)

@@ -6,8 +6,7 @@ files* (so nothing held out is seen), never contrastively:
 
     python toy/pretrain.py                 # resumes by itself; writes toy/tiny-qwen2-vl
 
-Three quarters of each batch (15 of 16 in a second cycle) are question answering, the rest is the
-one-word prompt that PUMA embeds with:
+Half of each batch is question answering, half is the one-word prompt that PUMA embeds with:
 
     image + "name this character"                         -> latin capital letter a
     image + "what is it with acute added?"                -> latin capital letter a with acute
@@ -16,8 +15,7 @@ one-word prompt that PUMA embeds with:
 
 For the last kind the label is a distribution, 1/n on each of the n words of the name (the
 expectation over "any one word", instead of a draw). To predict it, the state at [RET] must hold the
-whole content. Edits and questions are answered but never summarised: bringing what the model can
-compose to the state at [RET] is left to retrieval training.
+whole content.
 """
 
 import argparse
@@ -47,6 +45,7 @@ from evaluate import Embedded, score, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
 from puma import PROMPT, PUMA, RET  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
+    EDIT_TASKS,
     INSTRUCTIONS,
     TARGET_FACE,
     TEST_QUERY_FACES,
@@ -68,8 +67,6 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NAME_IT = "name this character"
-SUMMARIES = (1 / 4, 1 / 16)  # share of a batch in the first and in the second cycle
-SUMMARISED_TASKS = (0, 2, 3, 4)  # the query shows or names its target: nothing to compose
 
 
 def read_jsonl(path):
@@ -118,10 +115,10 @@ class Corpus:
         return rng.choice(self.queries[kind])
 
     def sample_summary(self, rng):
-        """A candidate, or a query with instruction, as retrieval will embed it; and its name."""
-        if rng.random() < 0.6:
+        """A query with an instruction, or a candidate, as retrieval will embed it; and its name."""
+        if rng.random() < 0.4:
             return rng.choice(self.candidates[rng.choice(list(self.candidates))])
-        task = rng.choice(SUMMARISED_TASKS)
+        task = rng.choice([*self.queries, *EDIT_TASKS])  # edits are harder: twice as often
         item, name = rng.choice(self.queries[task])
         return {**item, "instruction": rng.choice(INSTRUCTIONS[task]) + "."}, name
 
@@ -262,9 +259,8 @@ def learning_rate(step, steps, peak):
 
 
 def train(corpus, puma, model, args):
-    """AdamW, two cosine cycles with warm-up, the second from half the learning rate and mostly
-    questions (as instruction tuning ends real MLLMs). Step s draws its batch from seed and s alone,
-    so a resumed run continues with the batches that an uninterrupted one would have seen."""
+    """AdamW, cosine schedule with warm-up. Step s draws its batch from seed and s alone, so a
+    resumed run continues with the batches that an uninterrupted one would have seen."""
     puma.requires_grad_(True)  # all of it: here the tower and the table are trained, too
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -281,19 +277,15 @@ def train(corpus, puma, model, args):
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["step"], state["history"]
     model.train()
-    steps = args.steps + args.second_steps
-    bar = tqdm(range(first, steps), initial=first, total=steps, mininterval=10)
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)
     started = time.time() - (history[-1]["seconds"] if history else 0)
     for step in bar:
-        second = step >= args.steps
-        begin, length = (args.steps, args.second_steps) if second else (0, args.steps)
-        summaries = round(SUMMARIES[second] * args.batch_size)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - begin, length, args.lr / (1 + second))
+            group["lr"] = learning_rate(step, args.steps, args.lr)
         rng = random.Random(f"{args.seed}-{step}")
-        answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size - summaries))
+        answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
         answer.backward()
-        summary = loss_of(model, *summary_batch(puma, corpus, rng, summaries))
+        summary = loss_of(model, *summary_batch(puma, corpus, rng, args.batch_size // 2))
         summary.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -304,7 +296,7 @@ def train(corpus, puma, model, args):
                 "summary": round(summary.item(), 4), "seconds": round(time.time() - started),
             })
             bar.set_postfix(answer=f"{answer.item():.3f}", summary=f"{summary.item():.3f}")
-        if step % 500 == 499 or step + 1 == steps:
+        if step % 500 == 499 or step + 1 == args.steps:
             save_checkpoint(checkpoint, step + 1, model, optimizer, history)
     return history
 
@@ -378,8 +370,8 @@ def export(model, puma, history, args):
         "56 x 56 pixel images = 4 visual tokens. It knows Unicode glyphs and their names "
         "(GlyphBEIR's training files) and has never seen a contrastive loss. Made by",
         "",
-        f"    python toy/pretrain.py --steps {args.steps} --second-steps {args.second_steps} "
-        f"--batch-size {args.batch_size} --lr {args.lr} --seed {args.seed}",
+        f"    python toy/pretrain.py --steps {args.steps} --batch-size {args.batch_size} "
+        f"--lr {args.lr} --seed {args.seed}",
         "",
         f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside "
         "it). Final losses, nats, mean of the last 500 steps: "
@@ -401,8 +393,7 @@ def main():
     parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
     parser.add_argument("--out", default="toy/tiny-qwen2-vl", help="folder of the finished model")
     parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=8_000, help="about 0.35 s each on two cores")
-    parser.add_argument("--second-steps", type=int, default=4_000, help="of the second cycle")
+    parser.add_argument("--steps", type=int, default=10_000, help="about 0.35 s each on two cores")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
