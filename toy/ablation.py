@@ -46,6 +46,7 @@ TRAINED = "trained"
 
 # group -> {line of the table: settings}; differences are to the first line of the group
 GROUPS = {
+    "loss": {"InfoNCE": {"loss": "infonce"}, "MAC": {}},
     "parts": {
         "pruned, InfoNCE": {"loss": "infonce"},
         FULL: {"loss": "infonce", "keep_layers": 8},
