@@ -259,7 +259,7 @@ def test_an_instruction_is_one_of_its_dataset_and_modalities(directory):
     assert drawn == set(prompts)
 
 
-def test_the_instruction_follows_from_seed_and_query_id_whatever_the_order(directory):
+def test_row_18_the_instruction_follows_from_seed_and_query_id_whatever_the_order(directory):
     rows = [query(f"0:{n}", "a") for n in range(40)]
 
     def draw(seed, rows, salt=""):

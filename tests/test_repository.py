@@ -109,3 +109,22 @@ def test_importing_a_file_has_no_side_effect(tmp_path):
                          capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout == "" and not [p for p in tmp_path.iterdir() if p.suffix != ".json"]
+
+
+def test_row_19_nothing_imports_deepspeed_flashattention_or_needs_cuda():
+    imported = set()
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    assert {"torch", "transformers"} <= imported
+    assert not imported & {"deepspeed", "flash_attn", "accelerate", "torchvision", "triton"}
+
+
+def test_every_row_of_the_fidelity_table_has_a_test_of_its_name():
+    rows = set(re.findall(r"^\| (\d+) \|", README, re.M))
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert rows == {str(n) for n in range(1, 20)}
+    assert rows == set(re.findall(r"def test_row_(\d+)_", tests))

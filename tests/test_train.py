@@ -17,6 +17,7 @@ import train
 from data import Benchmark, TrainSet
 from evaluate import Embedded, score
 from mac_loss import mac_loss
+from prune_distill import find_decoder
 from puma import PUMA
 
 SMALL = {"batch_size": 12, "stage1_steps": 3, "stage2_steps": 5, "workers": 0}
@@ -77,7 +78,19 @@ def test_gradcache_repeats_the_dropout_of_the_first_pass(batch):
         torch.testing.assert_close(gradient, found[1][name], atol=1e-4, rtol=1e-4)
 
 
-def test_stage_1_weighs_infonce_and_distillation_and_leaves_the_teacher_alone(batch):
+def test_row_7_distillation_compares_states_as_they_are_query_and_target_summed(batch):
+    config, batch = batch
+    student, teacher = torch.randn(24, 16), torch.randn(24, 16)
+    found = [train.stage_losses(student, teacher, batch, 1, 0, options)["distill"].item()
+             for options in (config, dataclasses.replace(config, distill_scale=0.05))]
+    query, target = ((student - teacher) ** 2).chunk(2)
+    expected = query.mean().item() + target.mean().item()
+    assert found == pytest.approx([expected, 0.05 * expected])
+    longer = train.stage_losses(2 * student, teacher, batch, 1, 0, config)["distill"].item()
+    assert abs(longer - expected) > 0.1  # not normalised: the length of a state counts
+
+
+def test_row_8_stage_1_weighs_infonce_and_distillation_and_leaves_the_teacher_alone(batch):
     config, batch = batch
     student = torch.randn(24, 16, requires_grad=True)
     teacher = torch.randn(24, 16, requires_grad=True)
@@ -128,6 +141,15 @@ def test_row_9_visual_tokens_are_computed_once_for_teacher_and_student(batch, mo
     train.training_step(student, teacher, batch, losses_of)
     assert len(calls) == sum("pixel_values" in chunk for chunk in batch["chunks"])
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_row_14_keep_last_keeps_the_first_layers_and_the_last_one():
+    config = dataclasses.replace(train.Config(), model=str(MODEL), keep_layers=3, keep_last=True)
+    student = train.load_student(config, torch.device("cpu"))
+    kept, full = ([layer.mlp.down_proj.weight for layer in find_decoder(model).layers]
+                  for model in (student, PUMA.from_pretrained(MODEL)))
+    assert len(kept) == 3
+    assert all(torch.equal(a, b) for a, b in zip(kept, [full[0], full[1], full[7]]))
 
 
 def test_order_brings_states_back_to_queries_then_targets(glyph_beir):

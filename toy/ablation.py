@@ -220,7 +220,7 @@ def table(group, results):
 
 def draw(path, groups, results):
     """One panel a group: a dot a seed, local pools blue and global orange, a bar at the mean."""
-    heights = [1 + 0.3 * len(GROUPS[group]) for group in groups]
+    heights = [1.3 + 0.3 * len(GROUPS[group]) for group in groups]
     figure, axes = plt.subplots(len(groups), 1, figsize=(9, sum(heights)), squeeze=False,
                                 gridspec_kw={"height_ratios": heights})
     for axis, group in zip(axes[:, 0], groups):
@@ -231,23 +231,23 @@ def draw(path, groups, results):
                     axis.plot(values, [row] * len(values), "o", color=colour, alpha=0.5)
                     axis.plot(statistics.mean(values), row, "|", color=colour, markersize=16)
         axis.set_yticks(range(len(GROUPS[group])), GROUPS[group], fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(GROUPS[group]) - 0.4, -0.6)
         axis.set_title(group)
         axis.set_xlabel("average hit rate @5 on seen characters, %")
         axis.grid(axis="x", alpha=0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in
                POOLS.values()]
-    figure.legend(handles, ["local pools", "global pool"], loc="upper right", fontsize=8)
+    figure.legend(handles, ["local pools", "global pool"], loc="lower left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
 def write_report(folder, docs):
-    """docs/ablation.json, .md and .png from every result in `folder`."""
+    """docs/ablation.json, .md and .png of the groups whose every line has a result in `folder`."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     groups = [group for group in GROUPS
-              if sum(bool(values_of(results, s, "seen local")) for s in GROUPS[group].values()) > 1]
+              if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
     evaluate.write_json(docs / "ablation.json", results)
     text = "\n\n".join(table(group, results) for group in groups)
     head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
