@@ -1,6 +1,6 @@
 """Measure data.py at M-BEIR's size, on generated files: a script, not a test.
 
-    python tests/scale.py --out /tmp/mbeir_scale        # 1.3 M training queries, 5.6 M candidates
+    python tests/scale.py --out data/scale             # 1.3 M training queries, 5.6 M candidates
 
 writes the directory if it is not there (about 3 GB, no images), opens the training set as train.py
 does, and prints the seconds until the first batch and the most memory that was resident. `--only

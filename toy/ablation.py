@@ -237,7 +237,7 @@ def draw(path, groups, results):
         axis.grid(axis="x", alpha=0.3)
     handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour) for colour in
                POOLS.values()]
-    figure.legend(handles, ["local pools", "global pool"], loc="lower left", fontsize=8)
+    axes[0, 0].legend(handles, ["local pools", "global pool"], loc="center", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)
