@@ -158,8 +158,9 @@ def bench_prune(model, keep=12):
 
 
 def bench_sort(model):
-    """Encoding mixed items sorted by length against input order."""
-    items = random_items(96, images=0.2, longest=120)
+    """Encoding mixed items sorted by length against input order: captions, images, passages."""
+    items = random_items(56, images=0.3, longest=15) + random_items(8, images=0.0, longest=200)
+    random.Random(0).shuffle(items)
 
     def in_order():
         with torch.inference_mode():
@@ -198,7 +199,7 @@ def bench_stage1(model, keep=12):
     student, teacher = prune_layers(copy.deepcopy(model), keep), model
     teacher.requires_grad_(False)
     student.backbone.visual = teacher.backbone.visual
-    items = random_items(16)
+    items = random_items(16, longest=12)  # captions, half of them with an image of 4 to 36 tokens
     pairs = {"queries": items[:8], "targets": items[8:], "modality": torch.zeros(8).long(),
              "positive_keys": [[i] for i in range(8)], "target_keys": torch.arange(8)}
 
