@@ -54,8 +54,7 @@ def mac_loss(query, target, modality, temperature, hard_temperature, *, positive
     query's own positive always counts. (Official code: none are left out.)
     positive_temperature: "hard" as in the official code, where the positive, having its own
     modality, gets tau_hard; "base" for the other reading of the formula, which gives it tau.
-    intra_offset: m, added to the logits of intra-modality negatives: each then weighs e^m times as
-    much, also at one temperature for all (not in the paper).
+    intra_offset: m, added to intra-modality negatives' logits: e^m times the weight (not in paper).
     reduction: "mean", "sum" or "none" (one loss a query, (B,)).
     Returns the loss in nats. Raises ValueError that names the offending shape or value.
     """
@@ -73,21 +72,23 @@ def mac_loss(query, target, modality, temperature, hard_temperature, *, positive
         # Queries that look for the same modality share one temperature per column. Group by group,
         # the targets can be divided instead of a (B, N) matrix: less memory, the same numbers.
         for kind in wanted.unique():
-            rows = (wanted == kind).nonzero().squeeze(1)
-            tau = torch.full_like(target[:, 0], temperature)
-            tau[modality == kind] = hard_temperature  # tau_ij of these rows, (N,)
-            logits = query[rows] @ (target / tau[:, None]).T  # s_ij / tau_ij, (rows, N)
-            own = positive[rows][:, None]  # (rows, 1) the positive's column
-            if positive_temperature == "base":
-                ratio = torch.ones_like(logits).scatter(1, own, hard_temperature / temperature)
-                logits = logits * ratio
-            if intra_offset:
-                offset = (modality == kind).to(dtype) * intra_offset
-                logits = logits + offset.expand_as(logits).scatter(1, own, 0.0)
-            if duplicate is not None:
-                logits = logits.masked_fill(duplicate[rows].scatter(1, own, False), -math.inf)
-            loss = F.cross_entropy(logits, own.squeeze(1), reduction="none")
-            losses = losses.index_put((rows,), loss)
+            intra = modality == kind
+            tau = torch.full_like(target[:, :1], temperature)  # tau_ij of these rows, (N, 1)
+            scaled = target / tau.masked_fill(intra[:, None], hard_temperature)
+            # In blocks, so that of the (B, N) matrices only the softmax is ever there as a whole.
+            for rows in (wanted == kind).nonzero().squeeze(1).split(512):
+                logits = query[rows] @ scaled.T  # s_ij / tau_ij, (rows, N)
+                own = positive[rows][:, None]  # (rows, 1) the positive's column
+                if positive_temperature == "base":
+                    ratio = torch.ones_like(logits).scatter(1, own, hard_temperature / temperature)
+                    logits = logits * ratio
+                if intra_offset:
+                    offset = (intra.to(dtype) * intra_offset).expand_as(logits)
+                    logits = logits + offset.scatter(1, own, 0.0)
+                if duplicate is not None:
+                    logits = logits.masked_fill(duplicate[rows].scatter(1, own, False), -math.inf)
+                loss = F.cross_entropy(logits, own.squeeze(1), reduction="none")
+                losses = losses.index_put((rows,), loss)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 
 

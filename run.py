@@ -1,8 +1,8 @@
 """A training run's folder: config.json, metrics.jsonl, checkpoints/, and its stop signals.
 
 `train.py` writes through this; nothing here knows the method. Of several processes (torchrun) only
-the first one writes. A checkpoint is written beside its
-final name and renamed when whole, so that neither a kill nor a full disk harms the one before.
+the first one writes. A checkpoint is written beside its final name and renamed when whole, so that
+neither a kill nor a full disk harms the one before.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import distributed
-from distributed import pick_device  # noqa: F401
 
 
 class Run:
@@ -48,7 +47,7 @@ class Run:
         that round differently, so a counted step would make a resumed run differ from a whole one.
         """
         if stage not in self.flops:
-            with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):  # the one it can count
+            with torch.random.fork_rng(own_gpu()), sdpa_kernel(SDPBackend.MATH):  # countable
                 with FlopCounterMode(display=False) as counter:
                     step()
             self.flops[stage] = counter.get_total_flops() / (items / distributed.world_size())
@@ -125,21 +124,26 @@ class Run:
         set_random_state(state["random"][distributed.rank() % len(state["random"])])
 
 
+def own_gpu():
+    """[this process's GPU] or []. A process that asks for the others' states opens them, too."""
+    return [torch.cuda.current_device()] if torch.cuda.is_available() else []
+
+
 def random_state():
-    """The state of torch's random numbers, on CPU and GPUs."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    """The state of torch's random numbers, on the CPU and on this process's GPU."""
+    return torch.get_rng_state(), [torch.cuda.get_rng_state(gpu) for gpu in own_gpu()]
 
 
 def set_random_state(state):
     torch.set_rng_state(state[0])
-    if len(state[1]) == torch.cuda.device_count():  # else resumed on another machine
-        torch.cuda.set_rng_state_all(state[1])
+    for gpu, saved in zip(own_gpu(), state[1]):  # either is empty without a GPU
+        torch.cuda.set_rng_state(saved, gpu)
 
 
 @contextlib.contextmanager
 def replayed(state):
     """Inside, random draws repeat those made after `random_state()` was taken."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(own_gpu()):
         set_random_state(state)
         yield
 
