@@ -42,7 +42,8 @@ class Config:
     stage1_lr: float = arg(0.0, "peak learning rate of stage 1 (paper: 2e-4); 0: as in stage 2")
     warmup: float = arg(0.03, "share of a stage's steps with rising learning rate (paper: 0.03)")
     weight_decay: float = arg(0.0, "AdamW's weight decay (paper: 0)")
-    labels: int = arg(0, "use only so many labelled queries, to study few labels; 0: all")
+    labels: int = arg(0, "use only so many labelled queries, to study few labels; 0: all "
+                         "(--distill-weight 1 needs no label: its stage 1 uses all queries)")
     # the losses
     stage1_temperature: float = arg(0.05, "InfoNCE temperature of stage 1 (paper: 0.05)")
     temperature: float = arg(0.03, "tau of stage 2 (paper: 0.03)")

@@ -11,7 +11,8 @@
 The teacher of stage 1 is the unpruned model itself, frozen. Both losses act on the un-normalised
 `[RET]` states of a batch of (query, target) pairs. Everything goes to the run folder `runs/puma-N`:
 config.json, metrics.jsonl (one object a step), curves.png, checkpoints/, model/ (an ordinary
-transformers folder), results.json, gallery.png. `--resume runs/puma-N` continues a stopped run.
+transformers folder), results.json, trec/ (rankings), gallery.png, confusion.png (which modality
+comes first on a global pool). `--resume runs/puma-N` continues a stopped run.
 Every setting stands in settings.py, with its reason.
 
 Read `train_stage` (the loop), `training_step` (one step), `stage_losses` (the formulas).
@@ -278,7 +279,7 @@ def compare(config, student, folder, device):
     if results["confusion"]:  # there is a global pool
         draw_confusion(folder / "confusion.png", results["confusion"])
     evaluate.write_json(folder / "results.json", results)
-    print(f"wrote {folder / 'results.json'}, {folder / 'gallery.png'} and confusion.png")
+    print(f"wrote {folder / 'results.json'} and the pictures beside it")
 
 
 def labels_of(config, stage):

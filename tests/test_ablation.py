@@ -52,6 +52,17 @@ def test_the_table_shows_mean_spread_and_difference_to_its_first_line():
     assert len(lines) == 6  # lines without a result are left out
 
 
+def test_the_table_by_task_pairs_both_losses_by_seed():
+    infonce, mac = ablation.GROUPS["loss"].values()
+    rates = [(infonce, 0, 0.5), (infonce, 1, 0.7), (mac, 0, 0.4), (mac, 1, 0.5)]
+    results = [{**result(settings, seed, local, 0.0),
+                "tasks": {"task7": {"local": local, "global": local / 2}}}
+               for settings, seed, local in rates]
+    line = ablation.task_table(results).splitlines()[-1]
+    half = 12.706 * statistics.stdev([-10, -20]) / math.sqrt(2)
+    assert line.startswith(f"| task7 | 60.0 | 45.0 | -15.0 ± {half:.1f} | 30.0 | 22.5 | -7.5 ± ")
+
+
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path, monkeypatch, capsys):
     for settings in ablation.GROUPS["losses"].values():
         ablation.result_path(tmp_path, settings, 0).write_text("{}")

@@ -177,8 +177,11 @@ COLUMNS = ("seen local", "seen global", "zero-shot local", "zero-shot global", "
 
 
 def values_of(results, settings, column):
-    """{seed: percent} of one line of a table."""
+    """{seed: percent} of one line of a table; `column` is one of COLUMNS or (task, pool)."""
     found = [result for result in results if result["id"] == run_id(settings)]
+    if isinstance(column, tuple):
+        task, pool = column
+        return {result["seed"]: 100 * result["tasks"][task][pool] for result in found}
     if column == "wrong modality":  # share of first places of the global pool, mean over tasks
         shares = {r["seed"]: [task["wrong modality"] for name, task in r["confusion"].items()
                               if not name.startswith("zero_")] for r in found}
@@ -218,6 +221,23 @@ def table(group, results):
     return "\n".join(lines)
 
 
+def task_table(results):
+    """Markdown: hit rate @5 of InfoNCE and of MAC-Loss by task and pool, difference paired."""
+    infonce, mac = GROUPS["loss"].values()
+    tasks = next(result["tasks"] for result in results if result["id"] == run_id(mac))
+    lines = ["### loss, by task", "", "| | local: InfoNCE | MAC | difference | global: InfoNCE | "
+             "MAC | difference |", "|---|---|---|---|---|---|---|"]
+    for task in tasks:
+        cells = []
+        for pool in ("local", "global"):
+            pair = [values_of(results, settings, (task, pool)) for settings in (infonce, mac)]
+            cells += [f"{statistics.mean(values.values()):.1f}" for values in pair]
+            _, difference, half = paired(pair[1], pair[0])
+            cells.append(f"{difference:+.1f} ± {half:.1f}")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(path, groups, results):
     """One panel a group: a dot a seed, local pools blue and global orange, a bar at the mean."""
     heights = [1.3 + 0.3 * len(GROUPS[group]) for group in groups]
@@ -250,6 +270,8 @@ def write_report(folder, docs):
               if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
     evaluate.write_json(docs / "ablation.json", results)
     text = "\n\n".join(table(group, results) for group in groups)
+    if "loss" in groups:
+        text += "\n\n" + task_table(results)
     head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
             "first line of each table are paired by seed, ± half of the 95 % interval. Wrong "
             "modality: share of first places on the global pool. Made by `python toy/ablation.py`; "
