@@ -1,7 +1,7 @@
 """Speed and memory, measured in one run on this machine: a script, not a test.
 
-    python tests/benchmark.py                # all parts, about 10 minutes on two CPU cores
-    python tests/benchmark.py loss encode    # some of them
+    python tests/benchmark.py                # all parts, about 12 minutes on two CPU cores
+    python tests/benchmark.py loss search    # some of them
 
 Prints one line a comparison: what is compared, the ratio, the aim. A time is the median of several
 calls, the two sides in turn, so that a slow minute of the machine hits both. Needs no GPU, uses one
@@ -33,6 +33,8 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import benchmark_search  # noqa: E402
+
 import puma  # noqa: E402
 from mac_loss import mac_loss  # noqa: E402
 from prune_distill import depth_costs, distill_loss, prune_layers  # noqa: E402
@@ -282,9 +284,16 @@ def bench_gradcache():
         line(f"GradCache, B = {rows}", figure, "<= 1.3 at B = 1024" if rows == 1024 else "")
 
 
+def bench_search():
+    """Exact search in 1 M vectors against FAISS IndexFlatIP, if that is installed."""
+    print()
+    benchmark_search.compare(**benchmark_search.DEFAULTS, threads=torch.get_num_threads())
+
+
 def main():
     parts = {"loss": bench_loss, "prune": bench_prune, "sort": bench_sort,
-             "last_layer": bench_last_layer, "stage1": bench_stage1, "gradcache": bench_gradcache}
+             "last_layer": bench_last_layer, "stage1": bench_stage1, "gradcache": bench_gradcache,
+             "search": bench_search}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all")
     chosen = parser.parse_args().parts or list(parts)
@@ -292,7 +301,7 @@ def main():
     print("| measured | figure | aim |\n|---|---|---|")
     model = None
     for name in chosen:
-        if name in ("loss", "gradcache"):
+        if name in ("loss", "gradcache", "search"):
             parts[name]()
         else:
             model = model or random_model().eval()

@@ -20,6 +20,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from search import search  # noqa: E402
 
+DEFAULTS = {"rows": 1_000_000, "width": 1536, "queries": 1000, "k": 10, "runs": 2}
+
 
 def write_pool(path, rows, width):
     """Random unit vectors, in float16."""
@@ -41,39 +43,41 @@ def best(runs, function):
     return result, min(seconds)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in (("rows", 1_000_000), ("width", 1536), ("queries", 1000), ("k", 10),
-                          ("runs", 2), ("threads", torch.get_num_threads())):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def compare(rows, width, queries, k, runs, threads):
+    """Print the time of either search and how far their results agree."""
+    torch.set_num_threads(threads)
     torch.manual_seed(1)
-    queries = torch.nn.functional.normalize(torch.randn(args.queries, args.width), dim=-1)
-    work = 2 * args.rows * args.width * args.queries
-    print(f"{args.rows:,} x {args.width} float16, {args.queries:,} queries, top {args.k}, "
-          f"{args.threads} threads")
+    probes = torch.nn.functional.normalize(torch.randn(queries, width), dim=-1)
+    work = 2 * rows * width * queries
+    print(f"{rows:,} x {width} float16, {queries:,} queries, top {k}, {threads} threads")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pool.npy"
-        write_pool(path, args.rows, args.width)
+        write_pool(path, rows, width)
         pool = torch.from_numpy(np.load(path, mmap_mode="c"))
-        (scores, rows), seconds = best(args.runs, lambda: search(queries, pool, args.k))
+        (scores, found), seconds = best(runs, lambda: search(probes, pool, k))
         print(f"search.py, memory map   {seconds:>7.2f} s {work / seconds / 1e9:>8.0f} GFLOP/s")
         try:
             import faiss
         except ImportError:
             print("faiss is not installed: pip install faiss-cpu")
             return
-        faiss.omp_set_num_threads(args.threads)
-        index = faiss.IndexFlatIP(args.width)
-        for start in range(0, args.rows, 50_000):
+        faiss.omp_set_num_threads(threads)
+        index = faiss.IndexFlatIP(width)
+        for start in range(0, rows, 50_000):
             index.add(pool[start : start + 50_000].float().numpy())
-        (theirs, found), seconds = best(args.runs, lambda: index.search(queries.numpy(), args.k))
+        (theirs, same), seconds = best(runs, lambda: index.search(probes.numpy(), k))
         print(f"{'faiss ' + faiss.__version__ + ', in memory':<23} {seconds:>7.2f} s "
               f"{work / seconds / 1e9:>8.0f} GFLOP/s")
-        same = (rows.numpy() == found).mean()
         worst = np.abs(scores.numpy() - theirs).max()
-        print(f"same candidates in the same order: {same:.2%}; scores differ by {worst:.0e}")
+        print(f"same candidates in the same order: {(found.numpy() == same).mean():.2%}; "
+              f"scores differ by {worst:.0e}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, default in {**DEFAULTS, "threads": torch.get_num_threads()}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    compare(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
