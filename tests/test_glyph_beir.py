@@ -398,7 +398,7 @@ def test_pretraining_reads_training_files_only_and_never_shows_anything_held_out
     checked = {(item["image"], name) for pairs in everything for item, name in pairs}
     rng = random.Random(0)
     for _ in range(3000):  # what training draws consists of the items above
-        for item, name in (corpus.sample_answer(rng), corpus.sample_summary(rng)):
+        for item, name in (corpus.sample_answer(rng), corpus.sample_summary(rng, 0.5)):
             assert (item["image"], name) in checked
             assert item["text"] not in zero and zero.isdisjoint([item.get("instruction")])
     assert not zero & set(corpus.texts())

@@ -15,7 +15,9 @@ Half of each batch is question answering, half is the one-word prompt that PUMA 
 
 For the last kind the label is a distribution, 1/n on each of the n words of the name (the
 expectation over "any one word", instead of a draw). To predict it, the state at [RET] must hold the
-whole content.
+whole content. The items are candidates; edits are answered but never summarised. A query with its
+instruction is rare here (INSTRUCTED), as it is in a real MLLM's pre-training: to obey one, and to
+bring what the model can compose to the state at [RET], is left to retrieval training.
 """
 
 import argparse
@@ -45,7 +47,6 @@ from evaluate import Embedded, score, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
 from puma import PROMPT, PUMA, RET  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
-    EDIT_TASKS,
     INSTRUCTIONS,
     TARGET_FACE,
     TEST_QUERY_FACES,
@@ -67,6 +68,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 NAME_IT = "name this character"
+PLAIN_TASKS = (0, 2, 3, 4)  # the query names or shows its target: nothing to compose
+INSTRUCTED = (3_000, 0.005)  # from this step on, this share of the summaries is of such a query
 
 
 def read_jsonl(path):
@@ -114,11 +117,13 @@ class Corpus:
             return {**item, "text": NAME_IT}, name
         return rng.choice(self.queries[kind])
 
-    def sample_summary(self, rng):
-        """A query with an instruction, or a candidate, as retrieval will embed it; and its name."""
-        if rng.random() < 0.4:
-            return rng.choice(self.candidates[rng.choice(list(self.candidates))])
-        task = rng.choice([*self.queries, *EDIT_TASKS])  # edits are harder: twice as often
+    def sample_summary(self, rng, instructed):
+        """A candidate as retrieval will embed it, and its name; with the probability `instructed` a
+        query with an instruction instead."""
+        if not instructed or rng.random() >= instructed:
+            kind = rng.choices(("text", "image", "image,text"), (1, 3, 1))[0]  # seeing is hardest
+            return rng.choice(self.candidates[kind])
+        task = rng.choice(PLAIN_TASKS)
         item, name = rng.choice(self.queries[task])
         return {**item, "instruction": rng.choice(INSTRUCTIONS[task]) + "."}, name
 
@@ -208,9 +213,9 @@ def answer_batch(puma, corpus, rng, size):
     return batch, (rows, columns), labels
 
 
-def summary_batch(puma, corpus, rng, size):
+def summary_batch(puma, corpus, rng, size, instructed):
     """`size` items with the one-word prompt; the label of each is its name's word distribution."""
-    pairs = [corpus.sample_summary(rng) for _ in range(size)]
+    pairs = [corpus.sample_summary(rng, instructed) for _ in range(size)]
     batch = puma.collate([item for item, _ in pairs])
     labels = torch.zeros(size, VOCABULARY)
     for row, (_, name) in enumerate(pairs):
@@ -285,7 +290,10 @@ def train(corpus, puma, model, args):
         rng = random.Random(f"{args.seed}-{step}")
         answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
         answer.backward()
-        summary = loss_of(model, *summary_batch(puma, corpus, rng, args.batch_size // 2))
+        instructed = INSTRUCTED[1] if step >= INSTRUCTED[0] else 0
+        summary = loss_of(
+            model, *summary_batch(puma, corpus, rng, args.batch_size // 2, instructed)
+        )
         summary.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
