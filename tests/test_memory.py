@@ -39,7 +39,8 @@ def test_stage_1_has_its_own_settings_where_they_are_given():
     chosen = settings.parse(["--preset", "paper-2b"])
     assert [chosen.of_stage(stage, "batch_size") for stage in (1, 2)] == [288, 600]
     assert [chosen.of_stage(stage, "lora_dropout") for stage in (1, 2)] == [0.05, 0.1]
-    assert [train.Config().of_stage(stage, "lr") for stage in (1, 2)] == [2e-3, 2e-3]
+    both = settings.Config(lr=1e-3)
+    assert [both.of_stage(stage, "lr") for stage in (1, 2)] == [1e-3, 1e-3]
 
 
 def test_every_preset_is_shown_by_help(capsys):
