@@ -33,7 +33,7 @@ class Config:
     keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
     # the two stages
     stage1_steps: int = arg(20, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
-    stage2_steps: int = arg(410, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
+    stage2_steps: int = arg(440, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
     batch_size: int = arg(128, "pairs a step, of all processes together (paper: 600)")
     stage1_batch_size: int = arg(0, "pairs a step in stage 1 (paper: 288); 0: as in stage 2")
     chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
@@ -46,7 +46,7 @@ class Config:
                          "(--distill-weight 1 needs no label: its stage 1 uses all queries)")
     # the losses
     stage1_temperature: float = arg(0.05, "InfoNCE temperature of stage 1 (paper: 0.05)")
-    temperature: float = arg(0.03, "tau of stage 2 (paper: 0.03)")
+    temperature: float = arg(0.04, "tau of stage 2 (paper: 0.03)")
     decay: float = arg(0.5, "lambda: tau_hard falls to tau * exp(-lambda) (paper: 0.5)")
     schedule: bool = arg(True, "tau_hard falls with training progress; off: low from the start")
     loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")
@@ -101,7 +101,8 @@ class Config:
 PAPER = {
     "data": "M-BEIR", "keep_layers": 12, "stage1_steps": 1900, "stage2_steps": 4300,
     "batch_size": 600, "stage1_batch_size": 288, "chunk_size": 50, "lr": 3e-4, "stage1_lr": 2e-4,
-    "distill_scale": 0.05, "lora_rank": 128, "gradient_checkpointing": True, "workers": 8,
+    "temperature": 0.03, "distill_scale": 0.05, "lora_rank": 128, "gradient_checkpointing": True,
+    "workers": 8,
 }
 PRESETS = {
     "toy": {},
