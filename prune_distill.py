@@ -100,13 +100,13 @@ def distill_loss(student_state, teacher_state):
     return F.mse_loss(student_state.to(dtype), teacher_state.detach().to(dtype))
 
 
-def layer_embeddings(model, batch):
+def layer_embeddings(model, batch, visual=None):
     """The last position's state after every depth, final norm applied: (L + 1, B, D), float32.
 
     Depth 0 is the token embedding itself. One forward pass: hooks keep one position a layer.
-    `model` is a `puma.PUMA`, called with `batch`, or a transformers model, called with `**batch`;
-    either way the batch must be padded on the left, so that the last column is every row's last
-    token.
+    `model` is a `puma.PUMA`, called with `batch` and, where they are known, its `visual` tokens, or
+    a transformers model, called with `**batch`; either way the batch must be padded on the left, so
+    that the last column is every row's last token.
     """
     decoder = find_decoder(model)
     states = []
@@ -124,7 +124,7 @@ def layer_embeddings(model, batch):
         for layer in decoder.layers:
             hooks.enter_context(_removing(layer.register_forward_hook(after)))
         if hasattr(model, "collate"):
-            model(batch)
+            model(batch, visual)
         else:
             model(**batch)
     return torch.stack([decoder.norm(state).float() for state in states])

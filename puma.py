@@ -288,9 +288,8 @@ class PUMA(nn.Module):
         training = self.training
         self.eval()
         parts = [] if items else [torch.empty(0, self.ret_embedding.numel())]
-        starts = range(0, len(items), batch_size)
-        bar = {} if show_progress else {"disable": True}
-        for start in tqdm(starts, desc="encode", leave=False, **bar):
+        bar = {"leave": False} if show_progress else {"disable": True}
+        for start in tqdm(range(0, len(items), batch_size), desc="encode", **bar):
             batch = self.collate([items[i] for i in order[start : start + batch_size]])
             parts.append((forward or self)(to_device(batch, self.device)).float().cpu())
         self.train(training)

@@ -32,8 +32,8 @@ class Config:
     keep_layers: int = arg(4, "decoder layers to keep (paper: 12 of 28; here: 4 of 8)")
     keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
     # the two stages
-    stage1_steps: int = arg(20, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
-    stage2_steps: int = arg(440, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
+    stage1_steps: int = arg(10, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
+    stage2_steps: int = arg(480, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
     batch_size: int = arg(128, "pairs a step, of all processes together (paper: 600)")
     stage1_batch_size: int = arg(0, "pairs a step in stage 1 (paper: 288); 0: as in stage 2")
     chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=4 train.py --preset paper-7b --data /data/M-BEIR     # four of them
 
     stage 1:  L = (1 - w) * InfoNCE(tau = 0.05) + w * L_distill      w = 0.1 in the paper
-    stage 2:  L = MAC-Loss(tau = 0.03, tau_hard(t))                  t = step / steps
+    stage 2:  L = MAC-Loss(tau, tau_hard(t))       t = step / steps, tau = 0.03 in the paper
 
 The teacher of stage 1 is the unpruned model itself, frozen. Both losses act on the un-normalised
 `[RET]` states of a batch of (query, target) pairs. Everything goes to the run folder `runs/puma-N`:
@@ -251,31 +251,34 @@ def compare(config, student, folder, device):
     """Evaluate (a) the untrained MLLM, (b) the pruned one, untrained, (c) PUMA; print, write."""
     benchmark = Benchmark(config.data)
     cells = evaluate.split_cells(benchmark, "test")
-    full, pruned = load(config, config.model, device), load_student(config, device)
+    full = load(config, config.model, device)
+    pruned = load_student(config, device) if config.keep_last else None
+    student.eval()
 
-    def both(batch):  # cut after layer k = read out at depth k, so that one pass serves (a) and (b)
+    def all_three(batch):  # one pass, for which each image is read, and seen by the tower, once
+        visual = student.visual_tokens(batch)
         if config.keep_last:
-            return torch.stack([full(batch), pruned(batch)])
-        return layer_embeddings(full, batch)[[-1, config.keep_layers]]
+            untrained = [full(batch, visual), pruned(batch, visual)]
+        else:  # cut after layer k = read out at depth k
+            untrained = layer_embeddings(full, batch, visual)[[-1, config.keep_layers]]
+        return torch.stack([*untrained, student(batch, visual)])
 
-    print("evaluating the untrained MLLM at both depths, then PUMA", flush=True)
-    encode = [lambda items: full.encode(items, forward=both), student.encode]
-    untrained, trained = (evaluate.Embedded(benchmark, cells, "test", e) for e in encode)
-    rankings = trained.rank(cells)
-    columns = {
-        "MLLM": evaluate.score(cells, untrained.rank(cells, depth=0)),
-        "pruned": evaluate.score(cells, untrained.rank(cells, depth=1)),
-        "PUMA": evaluate.score(cells, rankings),
-    }
+    print("evaluating the untrained MLLM at both depths, and PUMA", flush=True)
+    embedded = evaluate.Embedded(benchmark, cells, "test",
+                                 lambda items: full.encode(items, forward=all_three))
+    *untrained, rankings = (embedded.rank(cells, column) for column in range(3))
+    columns = {name: evaluate.score(cells, ranks) for name, ranks in
+               zip(("MLLM", "pruned", "PUMA"), (*untrained, rankings))}
     sample = [item for cell in cells for item in cell.items[:24]]
-    for results, model in zip(columns.values(), (full, pruned, student)):
-        results["efficiency"] = evaluate.efficiency(model, sample)
+    columns["MLLM"]["efficiency"] = evaluate.efficiency(full, sample)
+    cost = evaluate.efficiency(student, sample)  # of the pruned model, trained or not
+    columns["pruned"]["efficiency"] = columns["PUMA"]["efficiency"] = cost
     print(evaluate.table(columns))
     baselines = {"full": columns["MLLM"], "pruned": columns["pruned"]}
     results = {**columns["PUMA"], "baselines": baselines, "settings": asdict(config)}
-    results["confusion"] = modality_confusion(cells, rankings, trained.modality)
+    results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
     evaluate.write_trec(folder / "trec", cells, rankings)
-    draw_gallery(folder / "gallery.png", evaluate.gallery_rows(trained, cells, rankings))
+    draw_gallery(folder / "gallery.png", evaluate.gallery_rows(embedded, cells, rankings))
     if results["confusion"]:  # there is a global pool
         draw_confusion(folder / "confusion.png", results["confusion"])
     evaluate.write_json(folder / "results.json", results)
