@@ -48,15 +48,15 @@ def test_the_table_shows_mean_spread_and_difference_to_its_first_line():
     results = [result(first, 0, 0.50, 0.1), result(first, 1, 0.60, 0.3),
                result(second, 0, 0.55, 0.1), result(second, 1, 0.67, 0.1)]
     lines = ablation.table("losses", results).splitlines()
-    assert lines[4].startswith("| MAC | 2 | 55.0 ± 7.1 |  |")
+    assert lines[4].startswith("| InfoNCE | 2 | 55.0 ± 7.1 |  |")
     assert lines[4].endswith("| 20.0 ± 14.1 |  |")
     half = 12.706 * statistics.stdev([5, 7]) / math.sqrt(2)
-    assert lines[5].startswith(f"| InfoNCE | 2 | 61.0 ± 8.5 | +6.0 ± {half:.1f} |")
+    assert lines[5].startswith(f"| MAC | 2 | 61.0 ± 8.5 | +6.0 ± {half:.1f} |")
     assert len(lines) == 6  # lines without a result are left out
 
 
 def test_the_table_by_task_pairs_both_losses_by_seed():
-    infonce, mac = ablation.GROUPS["loss"].values()
+    infonce, mac = (ablation.GROUPS["losses"][name] for name in ("InfoNCE", "MAC"))
     rates = [(infonce, 0, 0.5), (infonce, 1, 0.7), (mac, 0, 0.4), (mac, 1, 0.5)]
     results = [{**result(settings, seed, local, 0.0),
                 "tasks": {"task7": {"local": local, "global": local / 2}}}

@@ -50,7 +50,6 @@ TRAINED = "trained"
 
 # group -> {line of the table: settings}; differences are to the first line of the group
 GROUPS = {
-    "loss": {"InfoNCE": {"loss": "infonce"}, "MAC": {}},
     "parts": {
         "pruned, InfoNCE": {"loss": "infonce"},
         FULL: {"loss": "infonce", "keep_layers": 8},
@@ -62,15 +61,29 @@ GROUPS = {
         "pruned, distilled, MAC": DISTIL,
     },
     "losses": {
-        "MAC": {},
         "InfoNCE": {"loss": "infonce"},
+        "MAC": {},
+        "InfoNCE at tau_hard": {"loss": "infonce", "temperature": LOWEST},
+        "InfoNCE + intra-modality offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    },
+    "mac": {
+        "MAC": {},
         "InfoNCE at tau_hard": {"loss": "infonce", "temperature": LOWEST},
         "MAC without schedule": {"schedule": False},
         "MAC, positive at tau": {"positive_temperature": "base"},
         "MAC, lambda 0.2": {"decay": 0.2},
         "MAC, lambda 1": {"decay": 1.0},
         "MAC, duplicates not masked": {"mask_duplicates": False},
-        "InfoNCE + intra-modality offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    },
+    "distil": {
+        "stage 1 without teacher, InfoNCE": {"loss": "infonce", **DISTIL, "distill_weight": 0.0},
+        "distilled, InfoNCE": {"loss": "infonce", **DISTIL},
+        "distilled, text only, InfoNCE":
+            {**DISTIL, "distill_modalities": "text", "loss": "infonce"},
+    },
+    "distil before MAC": {
+        "stage 1 without teacher, MAC": {**DISTIL, "distill_weight": 0.0},
+        "distilled, MAC": DISTIL,
     },
     "labels": {
         f"{labels or 'all'} labels, {name}": {"labels": labels, "loss": "infonce", **stage1}
@@ -88,7 +101,6 @@ GROUPS = {
             {"loss": "infonce", **DISTIL, "distill_weight": 0.0, "model": TRAINED},
         "cut from a trained model, distilled 0.5":
             {"loss": "infonce", **DISTIL, "distill_weight": 0.5, "model": TRAINED},
-        "text-only distillation": {**DISTIL, "distill_modalities": "text", "loss": "infonce"},
     },
     "layers": {
         f"{keep} layers{', the last one kept' * last}":
@@ -250,9 +262,9 @@ def table(group, results):
 
 def task_table(results):
     """Markdown: hit rate @5 of InfoNCE and of MAC-Loss by task and pool, difference paired."""
-    infonce, mac = GROUPS["loss"].values()
+    infonce, mac = (GROUPS["losses"][name] for name in ("InfoNCE", "MAC"))
     tasks = next(result["tasks"] for result in results if result["id"] == run_id(mac))
-    lines = ["### loss, by task", "", "| | local: InfoNCE | MAC | difference | global: InfoNCE | "
+    lines = ["### losses, by task", "", "| | local: InfoNCE | MAC | difference | global: InfoNCE | "
              "MAC | difference |", "|---|---|---|---|---|---|---|"]
     for task in tasks:
         cells = []
@@ -297,7 +309,7 @@ def write_report(folder, docs):
               if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
     evaluate.write_json(docs / "ablation.json", results)
     text = "\n\n".join(table(group, results) for group in groups)
-    if "loss" in groups:
+    if "losses" in groups:
         text += "\n\n" + task_table(results)
     head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
             "first line of each table are paired by seed, ± half of the 95 % interval. Wrong "
