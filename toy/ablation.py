@@ -85,17 +85,16 @@ GROUPS = {
         "stage 1 without teacher, MAC": {**DISTIL, "distill_weight": 0.0},
         "distilled, MAC": DISTIL,
     },
-    "labels": {
-        f"{labels or 'all'} labels, {name}": {"labels": labels, "loss": "infonce", **stage1}
-        for labels in (450, 4500, 0)  # of 45,598
+    **{f"{labels or 'all'} labels": {  # of 45,598
+        name: {"labels": labels, "loss": "infonce", **stage1}
         for name, stage1 in {
-            "no stage 1": {},
             "stage 1 without teacher": {**DISTIL, "distill_weight": 0.0},
+            "no stage 1": {},
             "distilled 0.1": DISTIL,
             "pure distillation of unlabelled items": {**DISTIL, "distill_weight": 1.0},
             "the same, 3 x as long": {"stage1_steps": 120, "distill_weight": 1.0},
         }.items()
-    },
+    } for labels in (450, 4500, 0)},
     "teacher": {
         "cut from a trained model, stage 1 without teacher":
             {"loss": "infonce", **DISTIL, "distill_weight": 0.0, "model": TRAINED},
