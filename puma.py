@@ -288,7 +288,7 @@ class PUMA(nn.Module):
         training = self.training
         self.eval()
         parts = [] if items else [torch.empty(0, self.ret_embedding.numel())]
-        bar = {"leave": False} if show_progress else {"disable": True}
+        bar = {"leave": False} if show_progress else {"disable": True}  # or TQDM_DISABLE
         for start in tqdm(range(0, len(items), batch_size), desc="encode", **bar):
             batch = self.collate([items[i] for i in order[start : start + batch_size]])
             parts.append((forward or self)(to_device(batch, self.device)).float().cpu())

@@ -253,7 +253,7 @@ def compare(config, student, folder, device):
     cells = evaluate.split_cells(benchmark, "test")
     full = load(config, config.model, device)
     pruned = load_student(config, device) if config.keep_last else None
-    student.eval()
+    student.eval()  # `encode` sees to it for `full` only
 
     def all_three(batch):  # one pass, for which each image is read, and seen by the tower, once
         visual = student.visual_tokens(batch)

@@ -8,7 +8,7 @@ test queries a cell, and leaves one JSON file in `runs/ablation`; a run whose fi
 done again. Afterwards docs/ablation.json (all results), docs/ablation.md (tables: mean, spread,
 difference to the table's first line, paired by seed, with its 95 % interval) and docs/ablation.png
 are written. Runs go side by side with one thread each: two such do more than one with two threads.
-All of it takes about 2.5 hours on two cores.
+All of it takes about three hours on two cores.
 """
 
 import argparse
@@ -74,6 +74,10 @@ GROUPS = {
         "MAC, lambda 0.2": {"decay": 0.2},
         "MAC, lambda 1": {"decay": 1.0},
         "MAC, duplicates not masked": {"mask_duplicates": False},
+    },
+    "other modalities pushed less": {  # all else is equal: no schedule, the low temperature
+        "InfoNCE at tau_hard": {"loss": "infonce", "temperature": LOWEST},
+        "MAC without schedule": {"schedule": False},
     },
     "distil": {
         "stage 1 without teacher, InfoNCE": {"loss": "infonce", **DISTIL, "distill_weight": 0.0},
