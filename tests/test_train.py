@@ -300,6 +300,32 @@ def test_a_miniature_of_the_main_job_beats_chance_by_far(glyph_beir, tmp_path, m
     assert averages[1] > averages[0] + 0.05, averages
 
 
+@pytest.mark.parametrize("keep_last", [False, True])
+def test_the_evaluation_embeds_as_the_mllm_the_pruned_mllm_and_puma_would(
+        keep_last, glyph_beir, monkeypatch):
+    config = dataclasses.replace(train.Config(), model=str(MODEL), data=str(glyph_beir),
+                                 keep_layers=3, keep_last=keep_last)
+    student = PUMA.from_pretrained(MODEL, 2).train()
+    image = next((glyph_beir / "mbeir_images").rglob("*.png"))
+    items = ["a text", {"image": str(image)}, {"image": str(image), "text": "make it capital"}]
+
+    class Embedded(Exception):
+        def __init__(self, _benchmark, _cells, _split, encode):
+            self.columns = encode(items)
+
+    def raising(*args):
+        raise Embedded(*args)
+
+    monkeypatch.setattr(train.evaluate, "Embedded", raising)
+    with pytest.raises(Embedded) as caught:
+        train.compare(config, student, None, torch.device("cpu"))
+    models = PUMA.from_pretrained(MODEL), train.load_student(config, torch.device("cpu")), student
+    expected = torch.stack([model.encode(items, show_progress=False) for model in models])
+    torch.testing.assert_close(caught.value.columns, expected, atol=1e-5, rtol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.01  # three different models
+    assert (expected[1] - expected[2]).abs().max() > 0.01
+
+
 def test_every_setting_is_an_option_with_a_reason(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run_main(monkeypatch, "--help")
