@@ -97,6 +97,7 @@ GROUPS = {
             "distilled 0.1": DISTIL,
             "pure distillation of unlabelled items": {**DISTIL, "distill_weight": 1.0},
             "the same, 3 x as long": {"stage1_steps": 120, "distill_weight": 1.0},
+            "stage 1 without teacher, 3 x as long": {"stage1_steps": 120, "distill_weight": 0.0},
         }.items()
     } for labels in (450, 4500, 0)},
     "teacher": {
