@@ -66,6 +66,27 @@ def test_the_table_by_task_pairs_both_losses_by_seed():
     assert line.startswith(f"| task7 | 60.0 | 45.0 | -15.0 ± {half:.1f} | 30.0 | 22.5 | -7.5 ± ")
 
 
+def test_the_report_pairs_each_distillation_with_the_same_steps_without_a_teacher(tmp_path):
+    lines = {**ablation.GROUPS["layers"]}
+    for group in ablation.LABELS:
+        lines |= {(group, name): settings for name, settings in ablation.GROUPS[group].items()}
+    taught = ablation.GROUPS["450 labels"]["the same, 3 x as long"]
+    for settings in lines.values():
+        for seed in range(2):
+            local = 0.5 + 0.1 * seed + (0.03 + 0.01 * seed) * (settings == taught)
+            ablation.evaluate.write_json(ablation.result_path(tmp_path, settings, seed),
+                                         result(settings, seed, local, 0.1))
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    ablation.write_report(tmp_path, docs)
+    text = (docs / "ablation.md").read_text(encoding="utf-8")
+    half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
+    assert f"| distillation alone, 120 steps | seen local | +3.5 ± {half:.1f} (2 seeds) | " in text
+    assert "| distillation alone, 40 steps | seen local | +0.0 ± 0.0 (2 seeds) | " in text
+    assert "## layers" in text and "## losses" not in text  # a group without results
+    assert all((docs / name).exists() for name in ("ablation.png", "ablation_curves.png"))
+
+
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path, monkeypatch, capsys):
     for settings in ablation.GROUPS["losses"].values():
         ablation.result_path(tmp_path, settings, 0).write_text("{}")

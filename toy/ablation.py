@@ -6,9 +6,9 @@
 Each run trains a model (stage 2 with the same number of samples everywhere), evaluates it on 200
 test queries a cell, and leaves one JSON file in `runs/ablation`; a run whose file is there is not
 done again. Afterwards docs/ablation.json (all results), docs/ablation.md (tables: mean, spread,
-difference to the table's first line, paired by seed, with its 95 % interval) and docs/ablation.png
-are written. Runs go side by side with one thread each: two such do more than one with two threads.
-All of it takes about three hours on two cores.
+difference to the table's first line, paired by seed, with its 95 % interval) and two pictures
+beside them are written. Runs go side by side with one thread each: two such do more than one with
+two threads. All of it takes about four hours on two cores.
 """
 
 import argparse
@@ -306,6 +306,62 @@ def draw(path, groups, results):
     plt.close(figure)
 
 
+TEACHING = {  # what stage 1 does: its line, the line of the same steps without a teacher
+    "0.9 InfoNCE + 0.1 distillation, 40 steps": ("distilled 0.1", "stage 1 without teacher"),
+    "distillation alone, 40 steps":
+        ("pure distillation of unlabelled items", "stage 1 without teacher"),
+    "distillation alone, 120 steps":
+        ("the same, 3 x as long", "stage 1 without teacher, 3 x as long"),
+}
+LABELS = {"450 labels": "450 (1 %)", "4500 labels": "4,500 (10 %)", "all labels": "all 45,598"}
+
+
+def gains(results, pair, column):
+    """What a teacher is worth: `paired` for each number of labels."""
+    return [paired(*(values_of(results, GROUPS[group][line], column) for line in pair))
+            for group in LABELS]
+
+
+def gain_table(results):
+    """Markdown: gain over the same steps without a teacher, by number of labelled queries."""
+    lines = ["### the teacher's worth, by labelled queries", "", "| | pool | "
+             + " | ".join(LABELS.values()) + " |", "|---|---|" + "---|" * len(LABELS)]
+    for name, pair in TEACHING.items():
+        for column in POOLS:
+            cells = [f"{mean:+.1f} ± {half:.1f} ({seeds} seeds)"
+                     for seeds, mean, half in gains(results, pair, column)]
+            lines.append(f"| {name} | {column} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw_gain(axis, results):
+    """The local half of `gain_table`."""
+    for shift, (name, pair) in enumerate(TEACHING.items(), -1):
+        _, means, halves = zip(*gains(results, pair, "seen local"))
+        places = [place + 0.05 * shift for place in range(len(means))]
+        axis.errorbar(places, means, halves, marker="o", capsize=3, label=name)
+    axis.axhline(0, color="0.6", linewidth=1)
+    axis.set_xticks(range(len(LABELS)), LABELS.values())
+    axis.set(title="What the teacher is worth", xlabel="labelled queries",
+             ylabel="gain in local hit rate @5, points")
+    axis.legend(fontsize=8)
+
+
+def draw_depths(axis, results):
+    """Hit rate against the number of kept layers, the first k or k - 1 and the last."""
+    for pool, colour in POOLS.items():
+        for last, style in ((False, "o-"), (True, "s:")):
+            points = {settings["keep_layers"]: values_of(results, settings, pool).values()
+                      for settings in GROUPS["layers"].values()
+                      if settings["keep_last"] == last or settings["keep_layers"] == 8}
+            means = [statistics.mean(points[keep]) for keep in sorted(points)]
+            axis.plot(sorted(points), means, style, color=colour,
+                      label=f"{pool.removeprefix('seen ')}, {'last kept' if last else 'first k'}")
+    axis.set(title="How deep to cut", xlabel="decoder layers kept, of 8",
+             ylabel="hit rate @5, %, mean of the seeds")
+    axis.legend(fontsize=8)
+
+
 def write_report(folder, docs):
     """docs/ablation.json, .md and .png of the groups whose every line has a result in `folder`."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
@@ -315,13 +371,24 @@ def write_report(folder, docs):
     text = "\n\n".join(table(group, results) for group in groups)
     if "losses" in groups:
         text += "\n\n" + task_table(results)
+    if set(LABELS) <= set(groups):
+        text += "\n\n" + gain_table(results)
     head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
             "first line of each table are paired by seed, ± half of the 95 % interval. Wrong "
             "modality: share of first places on the global pool. Made by `python toy/ablation.py`; "
             f"{BASE.stage2_steps} stage-2 steps of {BASE.batch_size} pairs unless said otherwise.")
-    (docs / "ablation.md").write_text(f"# Ablation\n\n{head}\n\n{text}\n", encoding="utf-8")
+    picture = "![Every run: a dot a seed, a bar at the mean](ablation.png)"
+    (docs / "ablation.md").write_text(f"# Ablation\n\n{head}\n\n{text}\n\n{picture}\n",
+                                      encoding="utf-8")
     if groups:
         draw(docs / "ablation.png", groups, results)
+    if {"layers", *LABELS} <= set(groups):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+        draw_gain(left, results)
+        draw_depths(right, results)
+        figure.tight_layout()
+        figure.savefig(docs / "ablation_curves.png", dpi=90)
+        plt.close(figure)
 
 
 def main():
