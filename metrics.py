@@ -162,11 +162,11 @@ def modality_confusion(cells, rankings, modality_of):
         kinds = torch.tensor([[0 if i in right else 1 + (modality_of(i) != wanted)
                                for i in ids[:DEPTH]] for ids, right in zip(ranked, cell.relevant)])
         counts = [torch.bincount(kinds[:, :k].flatten(), minlength=3) for k in (1, DEPTH)]
-        shares.setdefault(task, []).append(torch.stack([n / n.sum() for n in counts]))
+        shares.setdefault(task, []).append(torch.stack([n.double() / n.sum() for n in counts]))
     out = {}
     for task, parts in shares.items():
         query, target = TASKS[int(task.split("task")[1])]
-        first, ten = torch.stack(parts).double().mean(0).tolist()
+        first, ten = torch.stack(parts).mean(0).tolist()
         out[task] = {"query": query, "target": target, "top1": dict(zip(KINDS, first)),
                      f"top{DEPTH}": dict(zip(KINDS, ten))}
     return out
