@@ -1,5 +1,6 @@
 """toy/ablation.py: its groups name what they compare, its statistics are right, it resumes."""
 
+import json
 import math
 import statistics
 from dataclasses import replace
@@ -83,6 +84,8 @@ def test_the_report_pairs_each_distillation_with_the_same_steps_without_a_teache
     half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
     assert f"| distillation alone, 120 steps | seen local | +3.5 ± {half:.1f} (2 seeds) | " in text
     assert "| distillation alone, 40 steps | seen local | +0.0 ± 0.0 (2 seeds) | " in text
+    assert "| seen global | " + " | ".join(["+0.0 ± 0.0"] * 7) + " |" in text  # --keep-last
+    assert [run["seed"] for run in json.loads((docs / "ablation.json").read_text())][:2] == [0, 1]
     assert "## layers" in text and "## losses" not in text  # a group without results
     assert all((docs / name).exists() for name in ("ablation.png", "ablation_curves.png"))
 

@@ -107,7 +107,7 @@ GROUPS = {
             {"loss": "infonce", **DISTIL, "distill_weight": 0.5, "model": TRAINED},
     },
     "layers": {
-        f"{keep} layers{', the last one kept' * last}":
+        f"{keep} layer{'s' * (keep > 1)}{', the last one kept' * last}":
             {"keep_layers": keep, "keep_last": last, "loss": "infonce"}
         for keep in (4, 1, 2, 3, 5, 6, 7, 8) for last in (False, True) if keep < 8 or not last
     },
@@ -334,6 +334,21 @@ def gain_table(results):
     return "\n".join(lines)
 
 
+def keep_last_table(results):
+    """Markdown: hit rate of layers 1 .. k - 1 and the last, minus that of the first k."""
+    by_depth = {(settings["keep_layers"], settings["keep_last"]): settings
+                for settings in GROUPS["layers"].values()}
+    depths = sorted(keep for keep, last in by_depth if last)
+    lines = ["### layers 1 .. k - 1 and the last, against the first k", "",
+             "| k | " + " | ".join(map(str, depths)) + " |", "|---|" + "---|" * len(depths)]
+    for column in POOLS:
+        differences = [paired(*(values_of(results, by_depth[keep, last], column)
+                                for last in (True, False))) for keep in depths]
+        cells = [f"{mean:+.1f} ± {half:.1f}" for _, mean, half in differences]
+        lines.append(f"| {column} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw_gain(axis, results):
     """The local half of `gain_table`."""
     for shift, (name, pair) in enumerate(TEACHING.items(), -1):
@@ -367,10 +382,13 @@ def write_report(folder, docs):
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     groups = [group for group in GROUPS
               if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
-    evaluate.write_json(docs / "ablation.json", results)
+    lines = ",\n".join(map(json.dumps, results))  # one run a line
+    (docs / "ablation.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     text = "\n\n".join(table(group, results) for group in groups)
     if "losses" in groups:
         text += "\n\n" + task_table(results)
+    if "layers" in groups:
+        text += "\n\n" + keep_last_table(results)
     if set(LABELS) <= set(groups):
         text += "\n\n" + gain_table(results)
     head = ("Average hit rate @5, %, mean ± standard deviation over seeds; differences to the "
