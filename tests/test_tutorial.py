@@ -90,7 +90,7 @@ def test_it_reads_as_a_lesson():
     assert sum(len(c.source.split()) for c in PROSE) > sum(len(c.source.split()) for c in CODE)
     kinds = "".join(cell.cell_type[0] for cell in CELLS)
     assert "ccc" not in kinds
-    lines = [len([line for line in cell.source.splitlines() if line.strip()]) for cell in CODE]
+    lines = [len(cell.source.splitlines()) for cell in CODE]
     assert statistics.median(lines) <= 8 and max(lines) <= 25
     assert max(len(line) for cell in CODE for line in cell.source.splitlines()) <= 100
     assert "What you will be able to do" in CELLS[0].source
