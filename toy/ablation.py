@@ -37,6 +37,7 @@ from data import Benchmark, TrainSet  # noqa: E402
 from metrics import modality_confusion, score  # noqa: E402
 from pictures import plt  # noqa: E402
 from puma import PUMA  # noqa: E402
+from report import write_text  # noqa: E402
 from run import Run  # noqa: E402
 from settings import Config  # noqa: E402
 
@@ -383,7 +384,7 @@ def write_report(folder, docs):
     groups = [group for group in GROUPS
               if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
     lines = ",\n".join(map(json.dumps, results))  # one run a line
-    (docs / "ablation.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    write_text(docs / "ablation.json", f"[\n{lines}\n]\n")
     text = "\n\n".join(table(group, results) for group in groups)
     if "losses" in groups:
         text += "\n\n" + task_table(results)
@@ -396,8 +397,7 @@ def write_report(folder, docs):
             "modality: share of first places on the global pool. Made by `python toy/ablation.py`; "
             f"{BASE.stage2_steps} stage-2 steps of {BASE.batch_size} pairs unless said otherwise.")
     picture = "![Every run: a dot a seed, a bar at the mean](ablation.png)"
-    (docs / "ablation.md").write_text(f"# Ablation\n\n{head}\n\n{text}\n\n{picture}\n",
-                                      encoding="utf-8")
+    write_text(docs / "ablation.md", f"# Ablation\n\n{head}\n\n{text}\n\n{picture}\n")
     if groups:
         draw(docs / "ablation.png", groups, results)
     if {"layers", *LABELS} <= set(groups):
