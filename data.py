@@ -9,72 +9,32 @@ A query line names its positives by did; a candidate line with that did is the t
     {"qid": "9:12", "query_txt": "A dog.", "query_modality": "text", "pos_cand_list": ["9:77"], ...}
     {"did": "9:77", "txt": null, "img_path": "mbeir_images/77.jpg", "modality": "image", ...}
 
-The files have gigabytes. In memory stay the byte offset of each line and a few integers a line;
-the line itself is parsed when its item is needed. Everything random follows from a seed.
+The files have gigabytes: in memory stay a few integers a line. All that is random has a seed.
 
     python data.py DIR        # check a whole directory, images included, and count what is in it
 """
 
+import argparse
 import itertools
 import random
 import re
-from array import array
-from collections import defaultdict, namedtuple
+import sys
+from collections import Counter, defaultdict, namedtuple
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from lines import Table, parse_lines
+from support.files import (Pool, Table, check_content, did_key, did_keys, did_text, make_item,
+                           modality_class, parse_lines, refuse)
+from support.items import MODALITIES, UNREADABLE, load_image, open_image
 
-MODALITIES = ("text", "image", "image,text", "video", "video,text")  # index = modality class
-CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
 TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
     8: ("image,text", "image,text")}
-DID = re.compile(r"([0-9]{1,6}):([0-9]{1,12})")
-
-
-def did_key(did):
-    """`9:77` (dataset 9, number 77) -> one integer, so that a million dids fit into an array."""
-    match = DID.fullmatch(did) if isinstance(did, str) else None
-    if not match:
-        raise ValueError(f'expected an id like "9:77", got {did!r}')
-    return int(match[1]) << 40 | int(match[2])
-
-
-def did_text(key):
-    """The inverse of `did_key`."""
-    return f"{key >> 40}:{key & (1 << 40) - 1}"
-
-
-def did_keys(values):
-    """pos_cand_list -> keys. It lists dids or, as the dataset card says, objects with one."""
-    if not isinstance(values, list) or not values:
-        raise ValueError(f"expected a list of ids, at least one, got {values!r}")
-    return [did_key(value.get("did") if isinstance(value, dict) else value) for value in values]
-
-
-def modality_class(name):
-    """`image,text` or `text,image` (the dataset card has both) -> index into MODALITIES."""
-    if not isinstance(name, str) or name not in CLASSES:
-        raise ValueError(f"expected a modality out of {', '.join(MODALITIES)}; got {name!r}")
-    return CLASSES[name]
-
-
-def check_content(text, image):
-    """Raise ValueError unless there is a text or an image, whose path may not leave the root."""
-    if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
-        raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
-    if image and (image.startswith("/") or ".." in image and ".." in image.split("/")):
-        raise ValueError(f"expected an image path inside the data directory, got {image!r}")
-
-
-def make_item(root, text, image):
-    """{"text", "image"} with the image's whole path; ValueError as in `check_content`."""
-    check_content(text, image)
-    return {"text": text or None, "image": str(root / image) if image else None}
 
 
 def query_columns(row):
@@ -96,70 +56,58 @@ def format_instruction(text):
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", "!")) else ".")
 
 
-class Pool(Table):
-    """A pool file as items; item i has the did key `keys[i]` and the class `modality[i]`."""
-
-    def __init__(self, path, root):
-        super().__init__(path, candidate_columns, "qb", "a candidate, a JSON object")
-        self.root, (self.keys, self.modality) = root, self.columns
-        # A dictionary of 5.6 million keys would take 700 MB; their order takes 45.
-        self.order = np.argsort(np.asarray(self.keys), kind="stable")
-
-    def find(self, keys):
-        """did keys -> (N,) array of their indices, -1 where the pool has no such candidate."""
-        own, wanted = np.asarray(self.keys), np.asarray(keys, dtype=np.int64)
-        places = np.searchsorted(own, wanted, sorter=self.order).clip(max=len(own) - 1)
-        found = self.order[places]
-        return np.where(own[found] == wanted, found, -1)
-
-    def __getitem__(self, i):
-        row = super().__getitem__(i)
-        return make_item(self.root, row.get("txt"), row.get("img_path"))
+def parse_prompts(line):
+    """An instruction line -> (query class, candidate class, dataset id), its prompts."""
+    query, candidate, _, dataset, *texts = map(str.strip, line.decode().split("\t"))
+    first, *more = [format_instruction(text) for text in texts if text]  # one at least
+    return (modality_class(query), modality_class(candidate), int(dataset)), [first, *more]
 
 
 def parse_qrel(line):
-    """`qid 0 did 1 task_id`, or TREC's four columns -> qid, did key, grade."""
+    """`qid 0 did 1 task_id`, or TREC's four columns -> qid key, did key, grade."""
     qid, _, did, grade, *_ = line.decode().split()
-    return qid, did_key(did), int(grade)
+    return did_key(qid), did_key(did), int(grade)
 
 
-# One evaluation cell: its name, "<dataset>_task<T>" ("zero_" in front for the zero-shot split); of
-# each query the id, the item with instruction, the set of relevant did keys; its local pool's file.
-Cell = namedtuple("Cell", "name qids items relevant pool_path")
+# One evaluation cell: "<dataset>_task<T>" ("zero_" in front for the zero-shot split); each query's
+# id, item with instruction, set of relevant did keys; its files; its modalities.
+Cell = namedtuple("Cell", "name qids items relevant path pool_path query_modality target_modality")
 
 
 class Benchmark:
-    """An M-BEIR directory. Raises ValueError naming the file, the line and what was expected."""
+    """An M-BEIR directory. Raises ValueError naming the file, the line and what was expected.
 
-    def __init__(self, root, seed=0):
-        self.root, self.seed, self.tables = Path(root), seed, {}
+    With `on_error` (see `parse_lines`) it reads on after a bad line, as the checker does.
+    """
+
+    def __init__(self, root, seed=0, on_error=refuse):
+        self.root, self.seed, self.on_error = Path(root), seed, on_error
+        self.tables = {}  # a file that both stages train on is read once, and so are pools
         for folder in ("query", "cand_pool", "instructions"):
             if not (self.root / folder).is_dir():
                 raise ValueError(f"{root} is no M-BEIR directory: expected the folder {folder}")
-        self.prompts = self._read_prompts(self.root / "instructions/query_instructions.tsv")
-
-    def _read_prompts(self, path):
-        """{(query class, candidate class, dataset id): prompts} of the tab-separated file."""
-        def parse(line):
-            query, candidate, _, dataset, *texts = map(str.strip, line.decode().split("\t"))
-            first, *more = [format_instruction(text) for text in texts if text]
-            return (modality_class(query), modality_class(candidate), int(dataset)), [first, *more]
-
         expected = "query modality, candidate modality, name, dataset id, prompts, tabs in between"
-        return dict(entry for _, entry in parse_lines(path, parse, expected, header=1))
+        self.prompts_path = self.root / "instructions/query_instructions.tsv"
+        lines = parse_lines(self.prompts_path, parse_prompts, expected, on_error, 1)
+        self.prompts = dict(entry for *_, entry in lines)
 
-    def query_table(self, path):
-        """A file's queries. A file that both stages train on is read once, and so are pools."""
+    def table(self, path, columns=query_columns, codes="qbq", what="a query"):
+        """The lines of a file, by default of queries."""
         if path not in self.tables:
-            self.tables[path] = Table(path, query_columns, "qbq", "a query, a JSON object")
+            self.tables[path] = Table(path, columns, codes, f"{what}, a JSON object", self.on_error)
         return self.tables[path]
+
+    def pool(self, *paths):
+        """The candidates of these files."""
+        return Pool([self.table(path, candidate_columns, "qb", "a candidate")
+                     for path in paths], self.root)
 
     def query_item(self, row, target_class, salt=""):
         """A query's item; its instruction is drawn by query id and `salt` (official: unseeded)."""
         key = (modality_class(row["query_modality"]), target_class, did_key(row["qid"]) >> 40)
         if key not in self.prompts:
-            raise ValueError(f"query_instructions.tsv: expected prompts for dataset {key[2]}, "
-                             f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]}")
+            raise ValueError(f"expected prompts for dataset {key[2]}, {MODALITIES[key[0]]} -> "
+                             f"{MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
         item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
         return {**item, "instruction": prompt}
@@ -172,50 +120,50 @@ class Benchmark:
             raise ValueError(f"{folder}: expected files mbeir_<dataset>_task<T>_{split}.jsonl")
         return [self._cell(path, split, limit) for path in paths]
 
+    def _cell(self, path, split, limit):
+        name, task, pool, qrels = self.cell_files(path)
+        table = self.table(path)
+        rows, keys = list(itertools.islice(table, limit)), table.columns[0][:limit]
+        items = [self.query_item(row, modality_class(TASKS[task][1])) for row in rows]
+        listed = {key: did_keys(row["pos_cand_list"]) for key, row in zip(keys, rows)}
+        relevant = self.relevance(qrels, listed)
+        for key in keys:
+            if not relevant[key]:
+                raise ValueError(f"{qrels}: expected a relevant candidate for {did_text(key)}")
+        return Cell(f"zero_{name}" if split == "zero" else name, [row["qid"] for row in rows],
+                    items, [set(relevant[key]) for key in keys], path, pool, *TASKS[task])
+
     def cell_files(self, path):
-        """A cell's query file -> its name, target class, local pool's file, qrels file."""
+        """A cell's query file -> its name, task id, local pool's file, qrels file."""
         split = path.parent.name
         match = re.fullmatch(rf"mbeir_(.+_task(\d+))_{split}\.jsonl", path.name)
         if not match or int(match[2]) not in TASKS:
             raise ValueError(f"{path}: expected a task out of {list(TASKS)} in the file's name")
-        name, target_class = match[1], modality_class(TASKS[int(match[2])][1])
+        name = match[1]
         pools = [self.root / f"cand_pool/local/mbeir_{name}{part}_cand_pool.jsonl"
                  for part in (f"_{split}", "", "_test")]  # MSCOCO has several, "" of all splits
         pool = next(filter(Path.exists, pools), None)
         if pool is None:
             raise ValueError(f"{pools[1]}: expected the candidate pool of {path.name}")
-        return name, target_class, pool, self.root / f"qrels/{split}/mbeir_{name}_{split}_qrels.txt"
+        qrels = self.root / f"qrels/{split}/mbeir_{name}_{split}_qrels.txt"
+        return name, int(match[2]), pool, qrels
 
-    def _cell(self, path, split, limit):
-        name, target_class, pool, qrels = self.cell_files(path)
-        rows = list(itertools.islice(self.query_table(path), limit))
-        items = [self.query_item(row, target_class) for row in rows]
-        name = f"zero_{name}" if split == "zero" else name
-        return Cell(name, [row["qid"] for row in rows], items, self._relevant(rows, qrels), pool)
-
-    def _relevant(self, rows, path):
-        """For each query its relevant did keys: of `qid 0 did 1 task` lines, else pos_cand_list."""
-        if not path.exists():
-            return [set(did_keys(row["pos_cand_list"])) for row in rows]
-        relevant = {row["qid"]: set() for row in rows}
-        for _, (qid, key, grade) in parse_lines(path, parse_qrel, "`qid 0 did 1 task`"):
-            if grade > 0 and qid in relevant:
-                relevant[qid].add(key)
-        for qid, keys in relevant.items():
-            if not keys:
-                raise ValueError(f"{path}: expected a relevant candidate for {qid}, found none")
-        return [relevant[row["qid"]] for row in rows]
+    def relevance(self, path, listed, parse=parse_qrel):
+        """{qid key: its relevant did keys}: a qrels file's with a grade above 0, else `listed`."""
+        if path is None or not path.exists():
+            return listed
+        relevant = defaultdict(set)
+        lines = parse_lines(path, parse, "`qid 0 did 1 task`", self.on_error)
+        for *_, (qid, did, grade) in lines:
+            if grade > 0:
+                relevant[qid].add(did)
+        return relevant
 
     def global_pool_path(self, split):
         """The union pool; the zero-shot split shares the test pool. None if there is none."""
         folder = self.root / "cand_pool/global"
         paths = [folder / f"mbeir_union_{part}_cand_pool.jsonl" for part in (split, "test")]
         return next(filter(Path.exists, paths), None)
-
-    def pool(self, path):
-        if path not in self.tables:
-            self.tables[path] = Pool(path, self.root)
-        return self.tables[path]
 
 
 class TrainSet(torch.utils.data.Dataset):
@@ -231,40 +179,41 @@ class TrainSet(torch.utils.data.Dataset):
         files = list(root.glob("query/union_train/*.jsonl"))
         if len(files) != 1:
             raise ValueError(f"{root}/query/union_train: expected 1 .jsonl file, got {len(files)}")
-        self.queries = benchmark.query_table(files[0])
+        self.queries = benchmark.table(files[0])
         self.pool = benchmark.pool(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
         rng = random.Random(seed)
-        groups = self._groups(rng, labels)
-        sizes, left = [len(rows) for rows in groups.values()], defaultdict(list)
-        self.schedule = []  # for each step the rows of its queries
-        for _ in range(steps):
-            chosen = {}  # groups without repetition
-            while len(chosen) < min(tasks_per_batch, len(groups)):
-                chosen |= dict.fromkeys(rng.choices(list(groups), sizes))
-            batch = array("q")
-            for name in itertools.islice(itertools.cycle(chosen), batch_size):
-                if not left[name]:
-                    order = rng.sample(range(len(groups[name])), len(groups[name]))
-                    left[name] = array("q", groups[name][order].tobytes())
-                batch.append(left[name].pop())
-            self.schedule.append(batch)
+        self.groups = self._groups(rng, labels)
+        self.left = defaultdict(list)  # group -> rows that are still to come in this round
+        self.schedule = [self._draw(rng, batch_size, tasks_per_batch) for _ in range(steps)]
 
     def _groups(self, rng, labels):
-        """{(dataset, query class, target class) as one integer: its rows, shuffled}."""
-        qids, classes, positives = map(np.asarray, self.queries.columns)
+        """{(dataset, query class, target class): its rows, shuffled}."""
+        qids, classes, positives = self.queries.columns
         found = self.pool.find(positives)
-        for row in np.flatnonzero(found < 0)[:1]:
-            raise ValueError(
-                f"{self.pool.path}: expected {did_text(int(positives[row]))}, the first positive "
-                f"of query {did_text(int(qids[row]))} in {self.queries.path}")
-        rows = np.array(rng.sample(range(len(qids)), len(qids)))
-        if labels:  # an up-sampled file repeats queries: count ids, not lines
-            known, first = np.unique(qids[rows], return_index=True)
-            rows = rows[np.isin(qids[rows], known[first.argsort()[:labels]])]
-        targets = np.asarray(self.pool.modality)[found]
-        group = ((qids >> 40) * 64 + classes * np.int64(8) + targets)[rows]
-        names, first = np.unique(group, return_index=True)
-        return {name: rows[group == name] for name in names[first.argsort()].tolist()}
+        for row in np.flatnonzero(found < 0):
+            refuse(self.queries.path, self.queries.numbers[row],
+                   f"expected {did_text(positives[row])} in {self.pool.tables[0].path}")
+        targets, groups = self.pool.modality[found].tolist(), defaultdict(list)
+        rows = rng.sample(range(len(qids)), len(qids))
+        # An up-sampled file repeats queries: `labels` counts ids, not lines.
+        used = set(list(dict.fromkeys(qids[row] for row in rows))[: labels or None])
+        for row in rows:
+            if qids[row] in used:
+                groups[qids[row] >> 40, classes[row], targets[row]].append(row)
+        return groups
+
+    def _draw(self, rng, batch_size, tasks_per_batch):
+        """The rows of one batch: the groups take turns until it is full."""
+        names, sizes = list(self.groups), [len(rows) for rows in self.groups.values()]
+        chosen = {}  # an ordered set: the same groups in the same order for every seed
+        while len(chosen) < min(tasks_per_batch, len(names)):
+            chosen |= dict.fromkeys(rng.choices(names, sizes))
+        batch = []
+        for name in itertools.islice(itertools.cycle(chosen), batch_size):
+            if not self.left[name]:  # a new round, in a new order
+                self.left[name] = rng.sample(self.groups[name], len(self.groups[name]))
+            batch.append(self.left[name].pop())
+        return batch
 
     def __len__(self):
         return len(self.schedule)
@@ -277,12 +226,12 @@ class TrainSet(torch.utils.data.Dataset):
         positives = [did_keys(row["pos_cand_list"]) for row in rows]
         found = [self.pool.find(keys) for keys in positives]
         picked = [rng.choice(indices[indices >= 0].tolist()) for indices in found]
-        classes = [self.pool.modality[i] for i in picked]
+        classes = [int(self.pool.modality[i]) for i in picked]
         return {
             "queries": [self.benchmark.query_item(*row, step) for row in zip(rows, classes)],
             "targets": [self.pool[i] for i in picked],
             "modality": torch.tensor(classes),
-            "target_keys": torch.tensor([self.pool.keys[i] for i in picked]),
+            "target_keys": torch.tensor([int(self.pool.keys[i]) for i in picked]),
             "positive_keys": positives,
         }
 
@@ -294,7 +243,130 @@ def duplicate_mask(positive_keys, target_keys):
     return torch.stack([torch.isin(target_keys, torch.tensor(keys)) for keys in positive_keys])
 
 
-if __name__ == "__main__":
-    from check_data import main
+class Checker(Benchmark):
+    """Reads a directory as training and evaluation do, past what is wrong, and counts that."""
 
+    def __init__(self, root, limit=20):
+        self.counts = Counter()  # problems by file
+        self.texts, self.limit = {}, limit  # the first problems, each text once
+        super().__init__(root, on_error=self.problem)
+
+    def problem(self, path, number, text):
+        """Count a problem of a line; number 0: of the file as a whole."""
+        self.counts[path] += 1
+        if len(self.texts) < self.limit and text not in self.texts:
+            self.texts[text] = f"{path}:{number}: {text}" if number else f"{path}: {text}"
+
+    def check(self):
+        """Read all pools and queries. Raises ValueError if there is no query."""
+        files = sorted(self.root.glob("query/*/*.jsonl"))
+        if not files:
+            raise ValueError(f"{self.root}: expected files query/<split>/*.jsonl, found none")
+        paths = sorted(self.root.glob("cand_pool/*/*.jsonl"))
+        pools = {path: self.pool(path) for path in tqdm(paths, "pools", disable=None)}
+        for path, pool in pools.items():
+            table = pool.tables[0]
+            for row in np.setdiff1d(np.arange(len(table)), pool.places):
+                did = did_text(table.columns[0][row])
+                self.problem(path, table.numbers[row], f"expected each id once, {did} came before")
+        for path in tqdm(files, "queries", disable=None):
+            self.check_queries(path, pools)
+
+    def check_queries(self, path, pools):
+        """A file of queries: its ids, instructions, relevance. `pools`: {path: pool}."""
+        split = path.parent.name.removeprefix("union_")
+        searched = union = self.global_pool_path(split)
+        target = qrels = None  # training: no task in the file's name, no qrels
+        if split != "train":
+            try:
+                _, task, searched, qrels = self.cell_files(path)
+                target = modality_class(TASKS[task][1])
+            except ValueError as error:
+                self.problem(path, 0, str(error).removeprefix(f"{path}: "))
+        known = pools.get(union) or pools.get(searched)  # an empty pool counts as none
+        if not known:
+            return self.problem(path, 0, "expected a global or local pool of its candidates")
+        listed = {}  # qid key -> keys of its positives
+
+        def classes_of(keys):
+            found = known.find(keys)
+            for i in np.flatnonzero(found < 0):
+                raise ValueError(f"expected {did_text(keys[i])} in {known.tables[0].path}")
+            return known.modality[found].tolist()
+
+        def check_query(row):
+            columns = query_columns(row)
+            if split != "train" and columns[0] in listed:
+                raise ValueError(f"expected each id once, {row['qid']} came before")
+            listed[columns[0]] = did_keys(row["pos_cand_list"])
+            classes = classes_of(listed[columns[0]])
+            if row.get("neg_cand_list"):
+                classes_of(did_keys(row["neg_cand_list"]))
+            for target_class in set(classes) if target is None else [target]:
+                self.query_item(row, target_class)
+            return columns
+
+        def check_qrel(line):
+            qid, did, grade = parse_qrel(line)
+            classes_of([did])
+            if qid not in listed:
+                raise ValueError(f"expected a query of {path}, got {did_text(qid)}")
+            return qid, did, grade
+
+        table = self.table(path, check_query)
+        relevant = self.relevance(qrels, listed, check_qrel)
+        local = pools.get(searched) or known
+        for number, qid in zip(table.numbers, table.columns[0]):
+            if (local.find(list(relevant[qid])) < 0).all():
+                self.problem(path, number, f"expected a positive of {did_text(qid)} in {searched}")
+
+    def check_images(self, read):
+        """Open each image by `read`, in threads; -> their number."""
+        images = {}  # name -> file and line that have it first
+        for table in self.tables.values():
+            for number, row in zip(table.numbers, table):
+                if name := row.get("img_path") or row.get("query_img_path"):
+                    images.setdefault(name, (table.path, number))
+
+        def what_is_wrong(name):
+            try:
+                read(make_item(self.root, None, name)["image"])
+            except UNREADABLE as error:
+                return f"expected an image that can be read, {name} is not: {error}"
+
+        with ThreadPool(16) as threads:
+            for place, text in zip(images.values(), threads.imap(what_is_wrong, images, 100)):
+                if text:
+                    self.problem(*place, text)
+        return len(images)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory.")
+    parser.add_argument("directory", help="M-BEIR directory")
+    parser.add_argument("--show", type=int, default=20, help="problems to print")
+    parser.add_argument("--images", choices=["header", "full", "none"], default="header",
+                        help="open each image, decode each, or skip them")
+    args = parser.parse_args()
+    read = {"header": open_image, "full": load_image, "none": None}[args.images]
+    try:
+        checker = Checker(args.directory, args.show)
+        checker.check()
+        images = checker.check_images(read) if read else 0
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    for path, table in checker.tables.items():
+        name, problems = path.relative_to(args.directory), checker.counts[path]
+        print(f"{name!s:<60}{len(table):>11,} lines{problems:>10,} problems")
+    count, lines = sum(checker.counts.values()), sum(map(len, checker.tables.values()))
+    for text in checker.texts.values():
+        print(text)
+    if count > len(checker.texts):
+        print(f"... and {count - len(checker.texts):,} more; --show shows as many as you like")
+    print(f"{args.directory}: {lines:,} lines, {images:,} images, {count:,} problems")
+    sys.exit(1 if count else 0)
+
+
+if __name__ == "__main__":
     main()

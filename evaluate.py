@@ -4,91 +4,89 @@
     python evaluate.py runs/puma-1/model --query "leftwards arrow with hook"
     python evaluate.py runs/puma-1/model --image a.png --query "make it capital" --modality image
     python evaluate.py runs/puma-1/model --query "a dog" --pool ~/Pictures
-    python evaluate.py toy/tiny-qwen2-vl --efficiency 2,4,6            # quality against cost
+    python evaluate.py toy/tiny-qwen2-vl --depths all --keep-last      # which k to cut at
     torchrun --nproc_per_node=4 evaluate.py runs/puma-1/model --data /data/M-BEIR
 
 The first scores each cell (dataset and task) on its local pool (its own candidates) and on the
-global pool (all cells' candidates together, so that the modality must be right as well), says what
-kind of wrong the wrong results are, and writes results.json, results.md, TREC run files and qrels,
-gallery.png and confusion.png. `metrics.py` has the formulas. The others search the global pool, or
-a folder of images and .txt files.
-
-Embeddings are kept as float16 in the model's folder (`vectors.py`): a second run or query does not
-compute them again, a killed run continues. Search is exact, in memory that does not grow with the
-pool (`search.py`).
+global pool (all cells' candidates together, so that the modality must be right as well). A search
+looks through the global pool, or a folder of images and .txt files. `--depths` weighs what an
+untrained model knows after k layers against their cost. Embeddings are kept (`support/index.py`).
 """
 
 import argparse
+import re
 import sys
-import time
 from pathlib import Path
+from statistics import median
+from timeit import timeit
 
 import torch
+from torch import nn
 
-import distributed
-from data import MODALITIES, Benchmark, modality_class
-from metrics import DEPTH, modality_confusion, score
-from pools import Folder, Union
-from prune_distill import depth_costs
+from data import Benchmark
+from prune_distill import find_decoder, layer_embeddings, prune_layers
 from puma import PUMA, to_device
-from report import confusion_table, metrics_table, table, write_json, write_markdown, write_trec
-from search import search
-from thumbnails import draw_search
-from vectors import Cache
-
-__all__ = ["Embedded", "efficiency", "evaluate", "gallery_rows", "score", "split_cells", "table",
-           "write_json", "write_trec"]
-DEFAULT_DATA = "data/glyph_beir"
-
+from settings import DEFAULT_DATA
+from support import distributed, report
+from support.files import did_text, modality_class, write_json, write_text
+from support.index import Store, search
+from support.items import MODALITIES, Folder
+from support.pictures import draw_depths, draw_gallery, printable
+from support.run import count_flops
 
 class Embedded:
     """All queries and candidates of some cells, each embedded once.
 
-    `queries[cell name]` (..., Q, D); `candidates` (..., N, D), the rows of `union`. The leading
-    axes are whatever `encode(items)` returns in front: several depths, for example. It may return
-    a memory map.
+    `queries[cell name]` (Q, ..., D); `candidates` (N, ..., D), the items of `union`. The axis in
+    between is what `encode(items, facts)` returns there: several models or depths, say. `facts`:
+    the items' files and what else selects them, a key for `Store`. `sample`: of each local pool
+    only the positives and so many others; the global pool is then all of these together.
     """
 
-    def __init__(self, benchmark, cells, split, encode):
+    def __init__(self, benchmark, cells, split, encode, sample=None):
         self.global_path = benchmark.global_pool_path(split)
-        paths = {cell.pool_path for cell in cells} | ({self.global_path} - {None})
-        self.pools = {path: benchmark.pool(path) for path in sorted(paths)}
-        self.union = Union(self.pools.values())
-        queries = encode([item for cell in cells for item in cell.items])
-        parts = queries.split([len(cell.items) for cell in cells], dim=-2)
-        self.queries = {cell.name: part for cell, part in zip(cells, parts)}
-        self.candidates = encode(self.union)
+        paths = list(filter(None, [self.global_path, *sorted({c.pool_path for c in cells})]))
+        self.pools = {path: benchmark.pool(path) for path in paths}
+        self.union = benchmark.pool(*paths)
+        if len(self.union) == len(self.pools[paths[0]]):  # the global pool holds the local ones
+            del paths[1:]  # a search through it uses the same embeddings
+        if sample is not None:
+            for cell in cells:
+                pool, positives = self.pools[cell.pool_path], set.union(*cell.relevant)
+                self.pools[cell.pool_path] = pool.sample(positives, sample)
+            keys = {key for cell in cells for key in self.pools[cell.pool_path].keys.tolist()}
+            self.union = self.pools[self.global_path] = self.union.sample(keys, 0)
+        counts = [len(cell.items) for cell in cells]
+        facts = [benchmark.prompts_path, *(cell.path for cell in cells), *counts, benchmark.seed]
+        queries = encode([item for cell in cells for item in cell.items], facts)
+        self.queries = {cell.name: part for cell, part in zip(cells, queries.split(counts))}
+        self.candidates = encode(self.union, paths)
 
-    def candidate(self, key):
-        """The item with a did key."""
-        return self.union[int(self.union.rows([key])[0])]
+    def row(self, key):
+        """The index in `union` of a did key."""
+        return int(self.union.find([key])[0])
 
-    def modality(self, key):
-        """Its modality class."""
-        return int(self.union.modality[self.union.rows([key])[0]])
-
-    def rank(self, cells, depth=(), popularity_penalty=0.0, device=None):
+    def rank(self, cells, place=(), popularity_penalty=0.0, device=None):
         """{(cell name, "local" or "global"): (scores, did keys)}, the best ten for each query.
 
-        `popularity_penalty` p subtracts p times the candidate's mean similarity to all queries of
-        the cell, as the official code does with 0.2. It looks at all test queries, so it is off.
+        `place`: which of the axis in between. `popularity_penalty` p subtracts p times a
+        candidate's mean similarity to all test queries of the cell (later official code: 0.2).
         """
-        searches = {}  # pool -> what is searched there, all at once: a large pool is read once
-        for cell in cells:
-            queries = self.queries[cell.name][depth].float()
-            queries = queries - popularity_penalty * queries.mean(0)  # (q - p mean q) . c
-            for which, path in (("local", cell.pool_path), ("global", self.global_path)):
-                if path is not None:
-                    searches.setdefault(path, []).append(((cell.name, which), queries))
+        place = (slice(None), place) if isinstance(place, int) else ...
+        jobs = [(cell.name, "local", cell.pool_path) for cell in cells]
+        jobs += [(cell.name, "global", self.global_path) for cell in cells if self.global_path]
         rankings = {}
-        for path, parts in searches.items():
-            keys = torch.tensor(self.pools[path].keys)
-            rows = torch.from_numpy(self.union.rows(keys.numpy()))
-            queries = torch.cat([queries for _, queries in parts])
-            found = search(queries, self.candidates[depth], DEPTH, rows=rows, device=device)
-            sizes = [len(queries) for _, queries in parts]
-            for (name, _), scores, indices in zip(parts, *(part.split(sizes) for part in found)):
-                rankings[name] = scores.tolist(), keys[indices].tolist()
+        for path in dict.fromkeys(path for *_, path in jobs):  # a large pool is read only once
+            names = [(name, which) for name, which, searched in jobs if searched == path]
+            queries = [self.queries[name][place].float() for name, _ in names]
+            # (q - p mean q) . c = q . c - p mean(q . c)
+            queries = [part - popularity_penalty * part.mean(0) for part in queries]
+            keys = self.pools[path].keys
+            found = search(torch.cat(queries), self.candidates[place], report.DEPTH,
+                           rows=torch.from_numpy(self.union.find(keys)), device=device)
+            scores, indices = (part.split([len(q) for q in queries]) for part in found)
+            for name, values, best in zip(names, scores, indices):
+                rankings[name] = values.tolist(), keys[best.numpy()].tolist()
         return rankings
 
 
@@ -101,160 +99,196 @@ def split_cells(benchmark, split, limit=None):
 
 
 def efficiency(model, items, batch_size=64, runs=3):
-    """Parameters, operations an item (counted by torch) and items a second, measured on `items`.
-
-    The median of several timed `encode` calls, image reading included.
-    """
+    """Parameters, operations an item (of the first `batch_size` of `items`), items a second and
+    milliseconds an item at batch size 1 (medians of `encode` calls, image reading included)."""
     batch = to_device(model.collate(items[:batch_size]), model.device)
-    parameters, flops = depth_costs(model, batch)[-1]
-    seconds = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        model.encode(items, batch_size, show_progress=False)
-        seconds.append(time.perf_counter() - started)
-    return {
-        "parameters": parameters,
-        "gflops_per_item": flops / len(batch["input_ids"]) / 1e9,
-        "items_per_s": len(items) / sorted(seconds)[runs // 2],
-    }
+    with torch.no_grad():
+        flops = count_flops(lambda: model(batch)) / len(batch["input_ids"])
+
+    def seconds(items):
+        return timeit(lambda: model.encode(items, batch_size, show_progress=False), number=1)
+
+    return {"parameters": sum(p.numel() for p in model.parameters()),
+            "gflops_per_item": flops / 1e9,
+            "items_per_s": len(items) / median(seconds(items) for _ in range(runs)),
+            "latency_ms": 1e3 * median(seconds([item]) for item in items[:20])}
 
 
-def gallery_rows(embedded, cells, rankings):
-    """Each cell's first query with the best of its local pool; without the zero-shot cells."""
-    rows = []
-    for cell in [c for c in cells if not c.name.startswith("zero_")] or cells:
-        scores, ranked = rankings[cell.name, "local"]
-        found = [(value, embedded.candidate(key), key in cell.relevant[0])
-                 for value, key in zip(scores[0], ranked[0])]
-        rows.append((f"{cell.name}: query", cell.items[0], found))
-    return rows
+def storing_encoder(models, name, batch_size=64, skip_bad=False):
+    """-> encode(items, facts) -> (N, M, D) embeddings of M models, kept in the folder of the last,
+    whose path or hub id is `name`. The models share the last one's vision tower."""
+    last, width = models[-1], models[-1].ret_embedding.numel()
+    dtypes = [str(model.ret_embedding.dtype) for model in models]
+    store = Store(name, last.max_text_tokens, dict(last.image_processor.size), dtypes)
+
+    def states(batch):
+        visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
+        return torch.stack([model(batch, visual) for model in models], dim=1)
+
+    def encode(items, facts):
+        vectors = store.embed(items, facts, lambda part: last.encode(
+            part, batch_size, show_progress=False, forward=states).flatten(1),
+            len(models) * width, skip_bad)
+        return vectors.unflatten(1, (len(models), width))
+
+    return encode
 
 
-def evaluate(model, data, split="test", out=None, batch_size=64, limit=None,
-             popularity_penalty=0.0, cache=None):
-    """Evaluate on all cells of a split, print the tables, write all to folder `out`; -> results.
+def evaluate_models(models, name, data, split="test", out=None, batch_size=64, limit=None,
+                    popularity_penalty=0.0, settings=None):
+    """Evaluate models on all cells of a split, print the tables, write all to `out`; -> results.
 
-    `cache`, a `vectors.Cache` of the model, keeps the embeddings in files; without one they stay in
-    memory. Under torchrun each process embeds a part, the first scores. Raises ValueError on bad
-    data.
+    `models` {heading: PUMA}: results are the last one's, whose folder or hub id is `name`; those of
+    the others are its `baselines`. Under torchrun each process embeds a part, the first scores.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {limit}: every cell needs a query")
     benchmark = Benchmark(data)
     cells = split_cells(benchmark, split, limit)
-
-    def encode(items):
-        if cache is None:
-            return model.encode(items, batch_size)
-        what = "candidates" if isinstance(items, Union) else "queries"
-        return cache.embed(items, f"{what} of {Path(data).resolve()}, {split}", batch_size)
-
+    encode = storing_encoder([model.eval() for model in models.values()], name, batch_size)
     embedded = Embedded(benchmark, cells, split, encode)
     if distributed.rank():
         return None  # the embeddings are there; one process scores them
-    rankings = embedded.rank(cells, (), popularity_penalty, model.device)
-    results = score(cells, rankings)
-    results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
-    sample = [item for cell in cells for item in cell.items[:24]]
-    results["efficiency"] = efficiency(model, sample, batch_size)
-    results["settings"] = {"model": cache and cache.name, "data": str(data), "split": split,
-                           "limit": limit, "popularity_penalty": popularity_penalty}
-    report(results, out, embedded, cells, rankings)
+    sample, columns = [item for cell in cells for item in cell.items[:24]], {}
+    for i, (heading, model) in enumerate(models.items()):
+        rankings = embedded.rank(cells, i, popularity_penalty, model.device)
+        columns[heading] = {**report.score(cells, rankings),
+                            "efficiency": efficiency(model, sample, batch_size)}
+    *baselines, results = columns.values()
+    confusion = report.modality_confusion(
+        cells, rankings, lambda key: embedded.union.modality[embedded.row(key)])
+    results |= {"baselines": dict(zip(columns, baselines)), "confusion": confusion,
+                "settings": settings}
+    tables = [report.comparison_table(columns)]
+    if not baselines:
+        tables += [report.metrics_table(results, which) for which in ("local", "global")]
+        tables.append(report.confusion_table(confusion))
+    # Names of cells are names of files, which may hold anything.
+    text = "\n".join(printable(line) for table in tables for line in [*table.splitlines(), ""])
+    print(text)
+    if out is not None:
+        write_results(Path(out), results, text, embedded, cells, rankings)
     return results
 
 
-def report(results, out, embedded, cells, rankings):
-    """Print the tables; write them, run files, qrels and pictures to the folder `out`."""
-    parts = [metrics_table(results, which) for which in ("local", "global")]
-    if results["confusion"]:
-        parts.append(confusion_table(results["confusion"]))
-    parts.append("\n".join(f"{key:<20}{value:>14,.10g}" if isinstance(value, int) else
-                           f"{key:<20}{value:>14,.4g}"
-                           for key, value in results["efficiency"].items()))
-    print("\n\n".join(filter(None, parts)))
-    if penalty := results["settings"]["popularity_penalty"]:
-        print(f"popularity penalty {penalty}: each score depends on all test queries")
-    if out is None:
-        return
-    from pictures import draw_confusion, draw_gallery  # matplotlib: not for those who only search
-
-    out = Path(out)
-    write_trec(out, cells, rankings)
-    draw_gallery(out / "gallery.png", gallery_rows(embedded, cells, rankings))
-    if results["confusion"]:
-        draw_confusion(out / "confusion.png", results["confusion"])
-    write_markdown(out / "results.md", results)
+def write_results(out, results, text, embedded, cells, rankings):
+    """results.json, results.md, TREC files, gallery.png: numbers first, then the picture."""
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", results)
+    write_text(out / "results.md", f"# Evaluation\n\n```\n{text}\n```\n")
+    report.write_trec(out / "trec" if results["baselines"] else out, cells, rankings, did_text)
+    rows = []  # each cell's first query with the best of its local pool
+    for cell in [c for c in cells if not c.name.startswith("zero_")] or cells:
+        scores, ranked = rankings[cell.name, "local"]
+        found = [(f"{value:.3f}", embedded.union[embedded.row(key)], key in cell.relevant[0])
+                 for value, key in zip(scores[0], ranked[0])]
+        rows.append((f"{cell.name}: query", cell.items[0], found))
+    draw_gallery(out / "gallery.png", rows)
     print(f"wrote {out / 'results.json'} and {out / 'gallery.png'}")
 
 
-def open_pool(path, data):
-    """What to search: a folder of files, or the global test pool of an M-BEIR directory.
+def show(model, args, out):
+    """Search for args.query and args.image; print the args.k best, draw them into out/search.png.
 
-    -> (pool, its name, benchmark or None). Raises ValueError if there is nothing to search.
+    args.pool: a folder or M-BEIR directory instead of args.data. args.modality: only its
+    candidates; a query without instruction then gets the benchmark's for that task. args.skip_bad:
+    leave files out that cannot be read. Raises ValueError on bad input.
     """
-    root = Path(path or data)
-    if path and not (root / "cand_pool").is_dir():
-        return Folder(root), f"files in {root.resolve()}", None
-    benchmark = Benchmark(root)
-    file = benchmark.global_pool_path("test")
-    if file is None:
-        raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
-    return Union([benchmark.pool(file)]), f"candidates of {root.resolve()}, test", benchmark
-
-
-def show(model, data, query, out, batch_size=64, modality=None, k=10, *, pool=None, cache=None,
-         skip_bad=False):
-    """Search for an item; print the k best, draw them into `out`/search.png.
-
-    `pool`: a folder or an M-BEIR directory, default `data`. `modality`: only its candidates; a
-    query without instruction then gets the benchmark's for that task. `skip_bad`: leave files out
-    that cannot be read. Raises ValueError on bad input, a query that cannot be read first.
-    """
-    if k < 1:
-        raise ValueError(f"--k must be at least 1, got {k}")
-    items, name, benchmark = open_pool(pool, data)
-    if modality and benchmark and not query.get("instruction"):
-        wanted = modality_class(modality)
-        own = modality_class(",".join(kind for kind in ("image", "text") if query.get(kind)))
-        prompts = [texts for key, texts in benchmark.prompts.items() if key[:2] == (own, wanted)]
-        query = {**query, "instruction": prompts[0][0] if prompts else None}
-    vector = model.encode([query], show_progress=False)  # first, as a bad image should fail at once
-    if cache is None:
-        vectors = model.encode(items, batch_size)
+    query = {"text": args.query, "image": args.image, "instruction": args.instruction}
+    root = Path(args.pool or args.data)
+    if args.pool and not (root / "cand_pool").is_dir():
+        items = Folder(root)
+        facts = [root.resolve(), *items.files]
     else:
-        vectors = cache.embed(items, name, batch_size, skip_bad)
+        benchmark = Benchmark(root)
+        facts = [benchmark.global_pool_path("test")]
+        if facts == [None]:
+            raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
+        items = benchmark.pool(*facts)
+        if args.modality and not args.instruction:
+            kinds = ",".join(kind for kind in ("image", "text") if query[kind])
+            task = modality_class(kinds), modality_class(args.modality)
+            prompts = [texts[0] for key, texts in benchmark.prompts.items() if key[:2] == task]
+            query["instruction"] = next(iter(prompts), None)
+    vector = model.encode(query)[None]  # first, as a bad image should fail at once
+    encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
+    vectors = encode(items, facts)[:, 0]
     if distributed.rank():
         return
-    rows = searchable(items, vectors, modality)
-    scores, found = search(vector, vectors, k, rows=rows, device=model.device)
-    found = [(value, items[i], MODALITIES[items.modality[i]], items.name(i))
-             for value, i in zip(scores[0].tolist(), rows[found[0]].tolist())]
-    for rank, (value, item, kind, name) in enumerate(found, 1):
-        content = " ".join((item["text"] or item["image"]).split())
-        print(f"{rank:>3}  {value:.3f}  {kind:<10}  {name:<24}  {content[:70]}")
+    good = ~vectors[:, 0].isnan()
+    for first in (~good).nonzero()[:1]:
+        print(f"skipped {int((~good).sum())} of {len(items)} files that cannot be read, first "
+              f"{printable(items.name(int(first)))}")
+    if args.modality:
+        good &= torch.from_numpy(items.modality == modality_class(args.modality))
+    rows = good.nonzero().flatten()
+    if not len(rows):
+        raise ValueError(f"none of {len(items)} candidates is readable and has the modality")
+    scores, best = search(vector, vectors, args.k, rows=rows, device=model.device)
+    found = []
+    for rank, (value, i) in enumerate(zip(scores[0].tolist(), rows[best[0]].tolist()), 1):
+        item, kind = items[i], MODALITIES[items.modality[i]]
+        content = printable(item["text"] or item["image"])[:70]
+        print(f"{rank:>3}  {value:.3f}  {kind:<10}  {printable(items.name(i)):<24}  {content}")
+        found.append((f"{rank}.  {value:.3f}  {kind}", item, None))
     out.mkdir(parents=True, exist_ok=True)
-    draw_search(out / "search.png", query, found)
+    draw_gallery(out / "search.png", [("query", query, found[start : start + 5])
+                                      for start in range(0, len(found), 5)])
     print(f"wrote {out / 'search.png'}")
 
 
-def searchable(items, vectors, modality):
-    """Rows of the candidates that could be read and have the modality; says how many could not."""
-    good = ~vectors[:, 0].isnan()
-    if not good.all():
-        bad = (~good).nonzero().flatten().tolist()
-        print(f"skipped {len(bad)} of {len(items)} files that cannot be read, first "
-              f"{items.name(bad[0])}")
-    if modality:
-        good &= torch.from_numpy(items.modality == modality_class(modality))
-    if not good.any():
-        raise ValueError(f"nothing to search: of {len(items)} candidates none is readable"
-                         + (f" and of the modality {modality}" if modality else ""))
-    return good.nonzero().flatten()
+def read_out(model, keep_last=False):
+    """-> function of a batch: (B, L + 1, D), the states after every depth; with `keep_last` then
+    another (L + 1), those of layers 1..k-1 and the last one."""
+    decoder = find_decoder(model)
+    layers = decoder.layers
+
+    def states_of(batch):
+        visual = model.visual_tokens(batch)
+        states = list(layer_embeddings(model, batch, visual))
+        if keep_last:
+            states.append(states[0])
+            for depth in range(1, len(layers) + 1):
+                decoder.layers = nn.ModuleList([*layers[: depth - 1], layers[-1]])
+                states.append(model(batch, visual).float())
+            decoder.layers = layers
+        return torch.stack(states, dim=1)
+
+    return states_of
 
 
-def parse_arguments():
-    """The command line."""
+def compare_depths(model, benchmark, split="test", depths=None, keep_last=False, queries=200,
+                   candidates=1000, batch_size=64):
+    """What the untrained model knows after k layers and what they cost (not in the paper).
+
+    depths: k in 1..L, default all. queries, candidates: of each cell, so many (and the positives):
+    hit rates are higher than on whole pools, and what counts is how they change with depth.
+    -> one dict a depth: `depth`; `local` and `global` (hit rate @5, mean over cells), `cells`;
+    `cosine` and `cka` (to the last layer, of all candidates); with `keep_last` the same as
+    `last_...`; the fields of `efficiency`. `model` ends cut at the smallest depth."""
+    full = len(find_decoder(model).layers)
+    depths = sorted(set(depths or range(1, full + 1)))
+    if not 1 <= depths[0] <= depths[-1] <= full:
+        raise ValueError(f"--depths must be in 1..{full}, got {depths}")
+    cells, states_of = benchmark.cells(split, queries), read_out(model, keep_last)
+    embedded = Embedded(benchmark, cells, split, lambda items, _facts: model.encode(
+        items, batch_size, forward=states_of), candidates)
+    last, sample = embedded.candidates[:, full], [i for cell in cells for i in cell.items[:16]]
+    rows = []
+    for depth in reversed(depths):  # from the deepest: each cut is one of the model before
+        row = {"depth": depth}
+        for kind, place in [("", depth), ("last_", full + 1 + depth)][: 1 + keep_last]:
+            results = report.score(cells, embedded.rank(cells, place))
+            row |= {kind + pool: entry["hit_rate@5"] for pool, entry in results["average"].items()}
+            row[f"{kind}cells"] = {name: cell["local"]["hit_rate@5"]
+                                   for name, cell in results["cells"].items()}
+            states = embedded.candidates[:, place]
+            row[f"{kind}cosine"] = (states * last).sum(-1).mean().item()
+            row[f"{kind}cka"] = report.linear_cka(states, last)
+        rows.insert(0, row | efficiency(prune_layers(model, depth), sample, batch_size))
+    return rows
+
+
+def arguments():
+    """The command line. Raises ValueError on values that contradict each other or do not exist."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option = parser.add_argument
     option("model", help="model folder or hub id")
@@ -268,54 +302,50 @@ def parse_arguments():
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--k", type=int, default=10, help="how many results a search shows")
     option("--skip-bad", action="store_true", help="search without the files that cannot be read")
-    option("--efficiency", metavar="K,K", help="instead: cost and quality at depths like 2,4")
+    option("--depths", help="instead: quality and cost after k layers; 2,4 or all")
+    option("--keep-last", action="store_true", help="with --depths: 1..k-1 and the last, too")
     option("--batch-size", type=int, default=64, help="items embedded at a time")
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
     option("--device", default="", help="torch device; default: cuda if there is one")
-    return parser.parse_args()
-
-
-def run(args):
-    """What the arguments ask for. Raises ValueError or OSError on bad input."""
+    args = parser.parse_args()
     if args.out and Path(args.out).exists():
         raise ValueError(f"--out {args.out} exists: choose another folder")
-    searching = args.query or args.image
-    if (args.pool or args.instruction) and not searching:
+    if (args.pool or args.instruction) and not (args.query or args.image):
         raise ValueError("--pool and --instruction belong to a search: give --query or --image")
-    device, out = distributed.start(args.device), Path(args.out or result_folder(args.model))
-    if not args.pool and distributed.rank() == 0:
-        ensure_data(args.data)
-    distributed.barrier()
-    if args.efficiency:
-        from cost import measure
-
-        depths = [int(k) if k.isdigit() else 0 for k in args.efficiency.split(",")]
-        measure(args.model, args.data, depths, args.split, args.limit or 200,
-                device=args.device, out=out)
-        return
-    model = PUMA.from_pretrained(args.model, device=device)
-    cache = Cache(model, args.model)
-    if searching:
-        query = {"text": args.query, "image": args.image, "instruction": args.instruction}
-        show(model, args.data, query, out, args.batch_size, args.modality, args.k,
-             pool=args.pool, cache=cache, skip_bad=args.skip_bad)
-    else:
-        evaluate(model, args.data, args.split, out, args.batch_size, args.limit,
-                 args.popularity_penalty, cache)
-
-
-def result_folder(model):
-    """Where results go by default: results/<the last two parts of the model's path>."""
-    return "results/" + "-".join(Path(model).resolve().parts[-2:])
+    for name, value in vars(args).items():
+        if type(value) is int and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not re.fullmatch("all|[0-9]+(,[0-9]+)*", args.depths or "all"):
+        raise ValueError(f"--depths must be all or numbers like 2,4, got {args.depths}")
+    return args
 
 
 def main():
-    args = parse_arguments()
     try:
-        run(args)
+        args = arguments()
+        device = distributed.start(args.device)
+        out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
+        if not args.pool and distributed.rank() == 0:
+            ensure_data(args.data)
+        distributed.gather_objects(None)
+        model = PUMA.from_pretrained(args.model, device=device).eval()
+        if args.query or args.image:
+            show(model, args, out)
+        elif args.depths:
+            asked = None if args.depths == "all" else map(int, args.depths.split(","))
+            rows = compare_depths(model, Benchmark(args.data), args.split, asked, args.keep_last,
+                                  args.limit or 200, batch_size=args.batch_size)
+            print(report.depth_table(rows))
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / "depths.json", {"rows": rows, "settings": vars(args)})
+            draw_depths(out / "depths.png", rows)
+            print(f"wrote {out / 'depths.json'} and {out / 'depths.png'}")
+        else:
+            evaluate_models({"PUMA": model}, args.model, args.data, args.split, out,
+                            args.batch_size, args.limit, args.popularity_penalty, vars(args))
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {printable(str(error).splitlines()[0])}", file=sys.stderr)
         sys.exit(2)
     finally:
         distributed.stop()

@@ -7,15 +7,9 @@ nothing else: copy it into your own training code.
     tau_ij = tau_hard(t)  if modality(j) == modality(p)  else  tau    p = the positive of query i
     tau_hard(t) = tau * exp(-lambda * min(1, 2t))                     t = training progress, 0..1
 
-A negative of the positive's own modality (*intra-modality*) cannot be rejected by looking at the
-modality, so it is hard; any other one (*inter-modality*) is easy. The derivative of the loss by a
-similarity is p_ij / tau_ij, so a lower temperature pulls harder on hard negatives, twice over: the
-factor 1 / tau_ij grows, and the softmax p_i concentrates on the most similar ones.
-
-    python mac_loss.py
-
-prints the loss of two queries and four targets as tau_hard falls, and which share of the gradient
-falls on the intra-modality negatives. Shapes: B queries, N targets (N >= B), D width.
+Negatives of the positive's own modality (*intra-modality*) are hard, others (*inter-*) are easy.
+`python mac_loss.py` prints the loss of two queries and four targets as tau_hard falls, and which
+share of the gradient falls on the intra-modality negative. Shapes: B queries, N targets, D width.
 """
 
 import math
@@ -25,104 +19,96 @@ import torch.nn.functional as F
 
 
 def hard_temperature(temperature, progress, decay=0.5, round_digits=None):
-    """tau_hard(t) of the equation above, at training progress t; lambda is `decay` (paper: 0.5).
+    """tau_hard(t) of the equation above, a float; `decay` is lambda (paper: 0.5).
 
-    Starts at `temperature` (plain InfoNCE), falls over the first half of training to
-    `temperature * exp(-decay)` and stays there. `progress` in [0, 1] is steps done / all steps
-    (official code: epochs, and rounded to three digits, 13 distinct values: `round_digits=3`
-    reproduces that). Raises ValueError if an argument is out of range.
+    progress: t in [0, 1], steps done / all steps (official code: epochs). round_digits=3 reproduces
+    the official code's rounding. Raises ValueError if an argument is out of range.
     """
-    if temperature <= 0 or decay < 0:
+    if not (0 < temperature < math.inf and 0 <= decay < math.inf):
         raise ValueError(f"need temperature > 0 and decay >= 0, got {temperature} and {decay}")
     if not 0 <= progress <= 1:
         raise ValueError(f"progress must be in [0, 1], got {progress}")
+    # From tau (plain InfoNCE) down to tau * exp(-lambda) at half of training, then it stays there.
     tau_hard = temperature * math.exp(-decay * min(1.0, 2 * progress))
+    # Three digits are few: between 0.03 and 0.0182, the paper's ends, they leave 13 values.
     return tau_hard if round_digits is None else round(tau_hard, round_digits)
 
 
-def mac_loss(query, target, modality, temperature, hard_temperature, *, positive=None,
+def mac_loss(query, target, modality, temperature, tau_hard, *, positive=None,
              duplicate=None, positive_temperature="hard", intra_offset=0.0, reduction="mean"):
     """Contrastive loss with one temperature per kind of negative; see the module's docstring.
 
-    query (B, D), target (N, D): embeddings of any scale, normalised here. Half precision is
-    computed in float32, under autocast too; float64 stays. Differentiable in both.
+    query (B, D), target (N, D): embeddings of any scale and precision. Differentiable in both.
     modality (N,) integers: the modality of each target; only equality counts.
-    temperature, hard_temperature: tau and tau_hard, floats > 0. If equal, this is InfoNCE.
-    positive (B,) integers: the column of each query's target; default 0..B-1. More columns than
-    queries are extra negatives, or the targets of other ranks.
-    duplicate (B, N) bool: columns to leave out, because they are right for that query as well; a
-    query's own positive always counts. (Official code: none are left out.)
-    positive_temperature: "hard" as in the official code, where the positive, having its own
-    modality, gets tau_hard; "base" for the other reading of the formula, which gives it tau.
+    temperature, tau_hard: > 0; if they are equal, this is InfoNCE.
+    positive (B,) integers: the column of each query's target; default 0..B-1. Others are negatives.
+    duplicate (B, N) bool: columns to leave out, right for that query as well (official code: none);
+    a query's own positive always counts.
+    positive_temperature: "hard" or "base", what the positive gets: tau_hard (official code) or tau.
     intra_offset: m, added to intra-modality negatives' logits: e^m times the weight (not in paper).
-    reduction: "mean", "sum" or "none" (one loss a query, (B,)).
-    Returns the loss in nats. Raises ValueError that names the offending shape or value.
-    """
-    positive = _check(query, target, modality, temperature, hard_temperature, positive, duplicate)
+    reduction: "mean", "sum" or "none" (one loss a query, (B,)), in nats.
+    Raises ValueError that names the offending shape or value."""
+    if positive is None:
+        positive = torch.arange(len(query), device=target.device)
+    _check(query, target, modality, temperature, tau_hard, positive, duplicate)
     _check_choice("positive_temperature", positive_temperature, ("hard", "base"))
     _check_choice("reduction", reduction, ("mean", "sum", "none"))
+    positive = positive.long()  # other integers cannot index, or index as a mask
 
-    # No autocast: bfloat16 has 3 digits, and logits reach 1 / tau.
+    # In float32 at least, under autocast too: bfloat16 has 3 digits, and logits reach 1 / tau.
     with torch.autocast(query.device.type, enabled=False):
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        query = F.normalize(query.to(dtype), dim=-1)
-        target = F.normalize(target.to(dtype), dim=-1)
-        losses = query.new_zeros(len(query))
-        wanted = modality[positive]  # (B,) the modality that each query looks for
-        # Queries that look for the same modality share one temperature per column. Group by group,
-        # the targets can be divided instead of a (B, N) matrix: less memory, the same numbers.
-        for kind in wanted.unique():
-            intra = modality == kind
-            tau = torch.full_like(target[:, :1], temperature)  # tau_ij of these rows, (N, 1)
-            scaled = target / tau.masked_fill(intra[:, None], hard_temperature)
-            # In blocks, so that of the (B, N) matrices only the softmax is ever there as a whole.
-            for rows in (wanted == kind).nonzero().squeeze(1).split(512):
-                logits = query[rows] @ scaled.T  # s_ij / tau_ij, (rows, N)
-                own = positive[rows][:, None]  # (rows, 1) the positive's column
-                if positive_temperature == "base":
-                    ratio = torch.ones_like(logits).scatter(1, own, hard_temperature / temperature)
-                    logits = logits * ratio
-                if intra_offset:
-                    offset = (intra.to(dtype) * intra_offset).expand_as(logits)
-                    logits = logits + offset.scatter(1, own, 0.0)
-                if duplicate is not None:
-                    logits = logits.masked_fill(duplicate[rows].scatter(1, own, False), -math.inf)
-                loss = F.cross_entropy(logits, own.squeeze(1), reduction="none")
-                losses = losses.index_put((rows,), loss)
-    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        query = F.normalize(query.to(dtype), dim=1)
+        target = F.normalize(target.to(dtype), dim=1)
+
+        # own_ip: column p is the positive of row i. It is no negative, whatever else holds.
+        own = positive[:, None] == torch.arange(len(target), device=target.device)  # (B, N)
+        # intra_ij: target j has the modality that query i looks for (so own lies within intra).
+        # Such a negative cannot be rejected by looking at the modality; the others can.
+        intra = modality[positive][:, None] == modality
+        # tau_ij, the heart of the loss. Its derivative by a negative's s_ij is p_ij / tau_ij, with
+        # the softmax p_i of row i. So a lower temperature pushes hard negatives harder, twice over:
+        # 1 / tau_ij grows, and p_i concentrates on the most similar ones. (new_tensor: plain
+        # numbers would be rounded to float32.)
+        tau = torch.where(intra, query.new_tensor(tau_hard), query.new_tensor(temperature))
+        # The positive has its own modality, hence tau_hard; another reading of the formula is tau.
+        if positive_temperature == "base":
+            tau = tau.masked_fill(own, temperature)
+        logits = query @ target.T / tau  # s_ij / tau_ij
+        # A head start of m for hard negatives: the positive must win by m more.
+        if intra_offset:
+            logits = torch.where(intra & ~own, logits + intra_offset, logits)
+        if duplicate is not None:  # exp(-inf) = 0: the column leaves the sum, and gets no gradient
+            logits = logits.masked_fill(duplicate & ~own, -math.inf)
+        if reduction == "mean" and not len(query):  # the mean of nothing would be NaN
+            reduction = "sum"
+        return F.cross_entropy(logits, positive, reduction=reduction)  # -log softmax at column p
 
 
 def _check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def _check(query, target, modality, temperature, hard_temperature, positive, duplicate):
-    """Raise ValueError on bad input; return `positive` with its default filled in."""
+def _check(query, target, modality, temperature, tau_hard, positive, duplicate):
+    """Raise ValueError on bad input: a wrong shape would broadcast and train on nonsense."""
     if query.ndim != 2 or target.ndim != 2 or query.shape[1] != target.shape[1]:
         shapes = f"{tuple(query.shape)} and {tuple(target.shape)}"
         raise ValueError(f"query (B, D) and target (N, D) do not fit: {shapes}")
+    if not (0 < temperature < math.inf and 0 < tau_hard < math.inf):
+        raise ValueError(f"temperatures must be finite and > 0, got {temperature} and {tau_hard}")
     rows, columns = len(query), len(target)
-    if modality.shape != (columns,) or modality.is_floating_point():
-        got = f"{tuple(modality.shape)} {modality.dtype}"
-        raise ValueError(f"modality must be {columns} integers, one a target, got {got}")
-    if not (temperature > 0 and hard_temperature > 0):
-        raise ValueError(f"temperatures must be > 0, got {temperature} and {hard_temperature}")
-    if positive is None:
-        if columns < rows:
-            raise ValueError(f"{rows} queries but only {columns} targets: pass `positive`")
-        positive = torch.arange(rows, device=target.device)
-    if positive.shape != (rows,) or positive.is_floating_point():
-        got = f"{tuple(positive.shape)} {positive.dtype}"
-        raise ValueError(f"positive must be {rows} integers, one a query, got {got}")
+    for name, labels, size in (("modality", modality, columns), ("positive", positive, rows)):
+        if labels.shape != (size,) or labels.is_floating_point():
+            got = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"{name} must be {size} integers, got {got}")
     if rows and not (0 <= int(positive.min()) and int(positive.max()) < columns):
         got = f"{int(positive.min())}..{int(positive.max())}"
-        raise ValueError(f"positive must be in 0..{columns - 1}, got {got}")
-    fitting = (rows, columns), torch.bool
-    if duplicate is not None and (duplicate.shape, duplicate.dtype) != fitting:
+        raise ValueError(f"positive must be in 0..{columns - 1}, the targets' columns, got {got}")
+    if duplicate is not None and (tuple(duplicate.shape), duplicate.dtype) != (
+            (rows, columns), torch.bool):
         got = f"{tuple(duplicate.shape)} {duplicate.dtype}"
         raise ValueError(f"duplicate must be ({rows}, {columns}) bool, got {got}")
-    return positive
 
 
 def main():
@@ -134,9 +120,9 @@ def main():
         tau_hard = hard_temperature(0.3, progress)
         loss = mac_loss(query, target, modality, 0.3, tau_hard)
         (gradient,) = torch.autograd.grad(loss, target)
-        mass = gradient[2:].norm(dim=1)  # the two targets that are nobody's positive
+        push = gradient[2:].norm(dim=1)  # on the two targets that are nobody's positive
         print(f"progress {progress:.2f}  tau_hard {tau_hard:.3f}  loss {loss:.3f}  "
-              f"gradient on the intra-modality negative {mass[0] / mass.sum():.0%}")
+              f"gradient on the intra-modality negative {push[0] / push.sum():.0%}")
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@
     stage 1:  L = (1 - w) * InfoNCE(tau = 0.05) + w * L_distill      w = 0.1 in the paper
     stage 2:  L = MAC-Loss(tau, tau_hard(t))       t = step / steps, tau = 0.03 in the paper
 
-The teacher of stage 1 is the unpruned model itself, frozen. Both losses act on the un-normalised
-`[RET]` states of a batch of (query, target) pairs. Everything goes to the run folder `runs/puma-N`:
-config.json, metrics.jsonl (one object a step), curves.png, checkpoints/, model/ (an ordinary
-transformers folder), results.json, trec/ (rankings), gallery.png, confusion.png (which modality
-comes first on a global pool). `--resume runs/puma-N` continues a stopped run.
-Every setting stands in settings.py, with its reason.
+The teacher of stage 1 is the unpruned model itself, frozen. Everything goes to the run folder
+`runs/puma-N`: config.json, metrics.jsonl (one object a step), curves.png, checkpoints/, model/ (an
+ordinary transformers folder), results.json, trec/, gallery.png. `--resume runs/puma-N` continues a
+stopped run. Every setting stands in settings.py, with its reason.
 
-Read `train_stage` (the loop), `training_step` (one step), `stage_losses` (the formulas).
-Shapes: B pairs, hence 2B items a step, shared by W processes (1 without torchrun); D width.
+Read `stage_losses` (the formulas), `plain_step` (one step), `train_stage` (the loop); then
+`large_batch_step`. Shapes: B pairs, hence 2B items a step; D width.
 """
 
 import json
@@ -27,125 +25,146 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModel, get_cosine_schedule_with_warmup
 
-import distributed
 import evaluate
-import memory
 from data import Benchmark, TrainSet, duplicate_mask
 from mac_loss import hard_temperature, mac_loss
-from metrics import modality_confusion
-from pictures import draw_confusion, draw_curves, draw_gallery
-from prune_distill import distill_loss, find_decoder, layer_embeddings, prune_layers
-from puma import PUMA, to_device
-from run import Run, random_state, replayed
+from prune_distill import distill_loss, find_decoder, prune_layers
+from puma import PUMA, check_folder, to_device
 from settings import Config, parse
-
-# ---- the method ----------------------------------------------------------------------------------
+from support import distributed
+from support.lora import add_lora, set_dropout
+from support.pictures import draw_curves
+from support.run import Run, count_flops
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
     """States (2B, D) of queries, then targets -> loss, contrastive, distill, hard_temperature.
 
-    `teacher_states` (2B, D) or None; `progress` in [0, 1] of this stage.
+    `teacher_states` (2B, D), or None without a teacher; `progress` in [0, 1] of this stage.
     """
-    query, target = states.chunk(2)
-    tau = config.stage1_temperature if stage == 1 else config.temperature
-    progress = progress if config.schedule else 1.0
-    mac = stage == 2 and config.loss == "mac"
-    tau_hard = hard_temperature(tau, progress, config.decay) if mac else tau  # equal: InfoNCE
-    contrastive = mac_loss(query, target, batch["modality"], tau, tau_hard,
-                           duplicate=batch.get("duplicate"),
-                           positive_temperature=config.positive_temperature,
-                           intra_offset=(stage == 2) * config.intra_offset * min(1, 2 * progress))
-    losses = {"contrastive": contrastive, "distill": None, "hard_temperature": tau_hard}
-    if teacher_states is None:
-        return {"loss": contrastive, **losses}
-    rows = batch["distilled"]  # which items: all of them, or those without an image
-    # Twice the mean over all items: the official code adds a mean for queries and one for targets.
-    distill = 2 * config.distill_scale * distill_loss(states[rows], teacher_states[rows])
-    loss = (1 - config.distill_weight) * contrastive + config.distill_weight * distill
-    return {"loss": loss, **losses, "distill": distill}
+    query, target = states.chunk(2)  # row i of `target` is the positive of row i of `query`
+    about = {"modality": batch["modality"], "duplicate": batch.get("duplicate"),
+             "positive_temperature": config.positive_temperature}
+    distill = None  # no L_distill in stage 2
+    if stage == 1:
+        # The same temperature for hard and easy negatives makes MAC-Loss plain InfoNCE.
+        tau = tau_hard = config.stage1_temperature
+        loss = contrastive = mac_loss(query, target, temperature=tau, tau_hard=tau, **about)
+        if teacher_states is not None:
+            rows = batch["distilled"]  # (2B,) bool: all items, or those without an image
+            # Twice the mean over all items: the official code adds queries' mean and targets'.
+            distill = 2 * config.distill_scale * distill_loss(states[rows], teacher_states[rows])
+            weight = config.distill_weight
+            loss = (1 - weight) * contrastive + weight * distill  # 0.9 and 0.1 in the paper
+    else:
+        progress = progress if config.schedule else 1.0
+        tau = tau_hard = config.temperature  # equal: InfoNCE, the control
+        if config.loss == "mac":  # intra-modality negatives become harder as training goes on
+            tau_hard = hard_temperature(tau, progress, config.decay)
+        offset = config.intra_offset * min(1, 2 * progress)  # rises while tau_hard falls
+        loss = contrastive = mac_loss(query, target, temperature=tau, tau_hard=tau_hard,
+                                      intra_offset=offset, **about)
+    losses = {"loss": loss, "contrastive": contrastive, "distill": distill}
+    return {**losses, "hard_temperature": tau_hard}
 
 
-def training_step(student, teacher, batch, losses_of, grad_cache=False):
-    """Embed 2B items chunk by chunk, compute the losses, leave gradients behind; -> the losses.
+# Both steps below leave the gradient of the loss L behind. L depends on the weights only through
+# the [RET] states h of the batch's items, so
+#
+#     dL/dweights = sum over chunks, ranks   dL/dh_chunk . dh_chunk/dweights
+#
+# `plain_step` lets autograd do both factors at once: every chunk's graph must fit into memory.
+# `large_batch_step` takes them one after the other (GradCache, Gao et al., 2021). The first factor
+# needs the states of the whole batch, from every rank, but no graph behind them; the second needs
+# one chunk's graph at a time. Memory is then that of a chunk, however large the batch.
 
-    `batch["chunks"]` hold this process's items, those of similar length together, so that little
-    is padding; `batch["order"]` brings the states of all processes to queries, then targets. The
-    loss L depends on the weights only through the states h, so the gradient is taken in two parts,
-        dL/dweights = sum over chunks  dL/dh_chunk . dh_chunk/dweights.
-    The first factor needs the states of all chunks and processes, but no graph behind them.
-    With `grad_cache` (Gao et al., 2021) no graph is kept for the second, either: each chunk is
-    embedded once more, with its graph and the same dropout. Memory is then that of one chunk,
-    however large the batch; the price is one more forward pass.
+
+def plain_step(student, teacher, batch, stage, progress, config):
+    """Embed queries and targets, compute the losses, leave gradients behind; -> the losses.
+
+    `batch["chunks"]` are the 2B items in padded batches, those of similar length together;
+    `batch["order"]` brings their states back to queries, then targets.
     """
+    visuals = [student.visual_tokens(chunk) for chunk in batch["chunks"]]  # once for both models
+    states = embed(student, batch["chunks"], visuals)[batch["order"]]  # (2B, D)
+    teacher_states = None
+    if teacher is not None:  # its weights are frozen, so that no graph is kept
+        teacher_states = embed(teacher, batch["chunks"], visuals)[batch["order"]]
+    losses = stage_losses(states, teacher_states, batch, stage, progress, config)
+    losses["loss"].backward()  # fills .grad of the weights
+    return losses
+
+
+def embed(model, chunks, visuals):
+    return torch.cat([model(chunk, visual) for chunk, visual in zip(chunks, visuals)])
+
+
+def large_batch_step(student, teacher, batch, stage, progress, config):
+    """The same losses and gradients for a batch too large for one graph, or shared by several
+    processes: `batch["chunks"]` are then this process's share of the items."""
     chunks, order = batch["chunks"], batch["order"]
-    visuals = [student.visual_tokens(chunk) for chunk in chunks]  # frozen tower: once for both
+    visuals = [student.visual_tokens(chunk) for chunk in chunks]  # a chunk's: (V, D)
     teacher_states = None
     if teacher is not None:
-        with torch.no_grad():
-            parts = [teacher(chunk, visual) for chunk, visual in zip(chunks, visuals)]
-        teacher_states = distributed.gather(torch.cat(parts))[order]
+        teacher_states = distributed.gather(embed(teacher, chunks, visuals))[order]
 
-    draws, parts = [], []
-    with torch.set_grad_enabled(not grad_cache):
-        for chunk, visual in zip(chunks, visuals):
-            draws += [random_state()] if grad_cache else []
-            parts.append(student(chunk, visual))
-        own = torch.cat(parts)
-    states = distributed.gather(own).requires_grad_()
-    losses = losses_of(states[order], teacher_states)
-    losses["loss"].backward()  # fills states.grad with dL/dh
-    gradient = distributed.own_part(states.grad)
-    if grad_cache:
-        gradients = gradient.split([len(part) for part in parts])
-        for chunk, visual, draw, part in zip(chunks, visuals, draws, gradients):
-            with replayed(draw):
-                student(chunk, visual).backward(part)
-    else:
-        own.backward(gradient)
-    distributed.sum_gradients(student.parameters())
+    embed_chunk = student  # without --chunk-size there is room for all graphs
+    if config.chunk_size:
+        # `checkpoint` keeps no graph: when the gradient comes, it embeds the chunk once more, with
+        # the random numbers (dropout) of the first time. The price is one more forward pass.
+        embed_chunk = partial(checkpoint, student, use_reentrant=False)
+    own = embed(embed_chunk, chunks, visuals)  # states of this process's items
+    states = distributed.gather(own).requires_grad_()  # (2B, D), a leaf: no graph behind it
+    losses = stage_losses(states[order], teacher_states, batch, stage, progress, config)
+    losses["loss"].backward()  # first factor: fills states.grad with dL/dh
+    own.backward(distributed.own_part(states.grad))  # second factor, one chunk after the other
+    distributed.sum_gradients(student.parameters())  # over the ranks
     return losses
 
 
 def train_stage(stage, student, teacher, dataset, config, run, first=0):
     """Do the steps first..len(dataset) of one stage; `first` > 0 continues from the checkpoint."""
-    steps = len(dataset)
+    steps, batcher, device = len(dataset), Batcher(student, config), student.device
     weights = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.of_stage(stage, "lr"), betas=(0.9, 0.98),
-                                  eps=1e-7, weight_decay=config.weight_decay)
+                                  eps=1e-7, weight_decay=config.weight_decay)  # as in the paper
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
-    if first:
-        run.load_state(optimizer, schedule)
-    student.train()
+    student.train()  # dropout is on; there is none but LoRA's
     if config.lora_rank:
-        memory.set_dropout(student, config.of_stage(stage, "lora_dropout"))
-    loader = DataLoader(Subset(dataset, range(first, steps)), batch_size=None,
-                        collate_fn=Batcher(student, config), num_workers=config.workers)
-    quiet = {"disable": True} if distributed.rank() else {}  # one bar for all processes
-    bar = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step", **quiet)
+        set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
+    alone = distributed.world_size() == 1
+    step_of = plain_step if alone and not config.chunk_size else large_batch_step
+    items = 2 * config.of_stage(stage, "batch_size")  # of all processes
+    with autocast(device):  # operations an item, of a step whose gradients are thrown away
+        flops = count_flops(step_of, student, teacher, move(batcher(dataset[0]), device), stage,
+                            0.0, config) * distributed.world_size() / items
+    # Dropout follows from seed, stage and rank alone, whatever was drawn before.
+    torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
+    if first:
+        run.load_state(optimizer, schedule)  # with the random numbers of that step
+    # Its own generator: the loader's seeds would be drawn from the one that makes the dropout.
+    loader = DataLoader(Subset(dataset, range(first, steps)), batch_size=None, collate_fn=batcher,
+                        num_workers=config.workers, generator=torch.Generator())
+    if run.writes:  # one bar for all processes
+        loader = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step")
     started = time.perf_counter()
-    for step, batch in enumerate(bar, first):
-        batch = move(batch, student.device)
-
-        def losses_of(states, teacher_states, batch=batch, step=step):
-            return stage_losses(states, teacher_states, batch, stage, step / steps, config)
-
-        items, grad_cache = len(batch["order"]), config.chunk_size > 0
-        do_step = partial(training_step, student, teacher, batch, losses_of, grad_cache)
-        with autocast(student.device):
-            run.count(stage, items, do_step)
-            optimizer.zero_grad()
-            losses = do_step()
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for step, batch in enumerate(loader, first):
+        batch = move(batch, device)
+        optimizer.zero_grad()
+        with autocast(device):
+            losses = step_of(student, teacher, batch, stage, step / steps, config)
+        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
         optimizer.step()
-        schedule.step()
+        schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine
 
-        row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm}
-        run.log(row | {"masked_duplicates": batch["masked_duplicates"]}, items, started, bar)
+        row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
+               "masked_duplicates": batch["masked_duplicates"]}
+        run.log(row, items, flops, started, loader)
         started = time.perf_counter()
         stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one rank only
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
@@ -154,14 +173,10 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
             raise KeyboardInterrupt(f"; continue with: python train.py --resume {run.folder}")
 
 
-# ---- batches -------------------------------------------------------------------------------------
-
-
 class Batcher:
-    """TrainSet's pairs -> what `training_step` takes. Runs in the loader's worker processes.
+    """TrainSet's pairs -> what a step takes. Runs in the loader's worker processes.
 
-    Every process reads the pairs of the whole batch, which are small, and opens the images of its
-    own share: every W-th of the items by length, so that all have the same work.
+    Every rank reads the pairs of the whole batch, which are small, and its own share's images.
     """
 
     def __init__(self, model, config):
@@ -170,29 +185,28 @@ class Batcher:
 
     def __call__(self, pairs):
         items = pairs["queries"] + pairs["targets"]
-        by_length = sorted(range(len(items)), key=lambda i: self.model.length(items[i]))
+        # By length, so that little of a chunk is padding; every W-th, so that ranks work alike.
+        by_length = sorted(range(len(items)), key=lambda i: self.model.length(items[i]))  # 2B
         shares = [by_length[rank :: self.world_size] for rank in range(self.world_size)]
-        own, order = shares[self.rank], sum(shares, [])
-        size = self.config.chunk_size or 64
+        own, size = shares[self.rank], self.config.chunk_size or 64
         chunks = [own[start : start + size] for start in range(0, len(own), size)]
         text_only = self.config.distill_modalities == "text"
         batch = {
-            "chunks": [self.model.collate([items[i] for i in chunk]) for chunk in chunks],
-            "order": torch.tensor(order).argsort(),
-            "modality": pairs["modality"],
-            "distilled": torch.tensor([not (text_only and item["image"]) for item in items]),
+            "chunks": [self.model.collate([items[i] for i in chunk]) for chunk in chunks],  # padded
+            "order": torch.tensor(sum(shares, [])).argsort(),  # item -> its place in the shares
+            "modality": pairs["modality"],  # (B,) of the targets
+            "distilled": torch.tensor([not (text_only and item["image"]) for item in items]),  # 2B
             "masked_duplicates": 0,
         }
-        if self.config.mask_duplicates:
+        if self.config.mask_duplicates:  # (B, B) bool: other right targets are no negatives
             mask = duplicate_mask(pairs["positive_keys"], pairs["target_keys"])
             batch |= {"duplicate": mask, "masked_duplicates": int(mask.sum()) - len(mask)}
         return batch
 
 
 def move(batch, device):
-    tensors = {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
-    chunks = [to_device(chunk, device) for chunk in batch["chunks"]]
-    return {**batch, **to_device(tensors, device), "chunks": chunks}
+    tensors = {key: x.to(device) for key, x in batch.items() if isinstance(x, torch.Tensor)}
+    return {**batch, **tensors, "chunks": [to_device(chunk, device) for chunk in batch["chunks"]]}
 
 
 def autocast(device):
@@ -200,31 +214,12 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-# ---- models, evaluation, main --------------------------------------------------------------------
-
-
-def load_student(config, device):
-    """The pruned model; float32 if all its weights are trained, else the device's usual dtype."""
-    keep = None if config.keep_last else config.keep_layers
-    dtype = None if config.lora_rank else torch.float32
-    student = load(config, config.model, device, keep_layers=keep, dtype=dtype)
-    if config.keep_last:
-        prune_layers(student, config.keep_layers, keep_last=True)
-    return student
-
-
-def prepare_training(config, student):
-    """Adapters and gradient checkpointing, where asked for; -> peft's tuner or None."""
-    adapters = None
-    if config.lora_rank:
-        adapters = memory.add_lora(student, config.lora_rank, config.lora_alpha,
-                                   config.lora_dropout)
-    if config.gradient_checkpointing:
-        decoder = find_decoder(student)
-        decoder.activation_checkpointing_enable()
-        # The last layer computes one position, by hooks that are gone when it would be recomputed.
-        decoder.layers[-1].gradient_checkpointing = False
-    return adapters
+def train_set(benchmark, config, stage):
+    """The batches of a stage. Pure distillation needs no label, so it uses all queries."""
+    labels = 0 if stage == 1 and config.distill_weight == 1 else config.labels
+    return TrainSet(benchmark, config.of_stage(stage, "batch_size"),
+                    getattr(config, f"stage{stage}_steps"), config.tasks_per_batch,
+                    2 * config.seed + stage - 1, labels)
 
 
 def load(config, name, device, **options):
@@ -232,135 +227,137 @@ def load(config, name, device, **options):
                                 max_text_tokens=config.max_text_tokens, **options)
 
 
+def load_student(config, device):
+    """The pruned model; float32 if all its weights are trained, else the device's usual dtype."""
+    keep = None if config.keep_last else config.keep_layers  # None: all, to have the last one
+    dtype = None if config.lora_rank else torch.float32
+    student = load(config, config.model, device, keep_layers=keep, dtype=dtype)
+    if config.keep_last:
+        prune_layers(student, config.keep_layers, keep_last=True)
+    return student
+
+
 def load_teacher(config, student, device):
     """The frozen teacher of stage 1, or None without; shares the student's frozen parts."""
     if not config.stage1_steps or not config.distill_weight:
         return None
     teacher = load(config, config.teacher or config.model, device)
+    # Both read the same visual tokens, so they need the same tower; one of the two is freed.
     own, other = student.backbone.visual.state_dict(), teacher.backbone.visual.state_dict()
     if not all(k in own and torch.equal(own[k].to(v), v) for k, v in other.items()):
         raise ValueError(f"--teacher {config.teacher} has another vision tower than {config.model}")
     teacher.backbone.visual = student.backbone.visual
-    table, other = (model.backbone.get_input_embeddings() for model in (student, teacher))
-    if torch.equal(table.weight.to(other.weight.dtype), other.weight):
-        teacher.backbone.set_input_embeddings(table)
     return teacher.requires_grad_(False).eval()
 
 
-def compare(config, student, folder, device):
-    """Evaluate (a) the untrained MLLM, (b) the pruned one, untrained, (c) PUMA; print, write."""
-    benchmark = Benchmark(config.data)
-    cells = evaluate.split_cells(benchmark, "test")
-    full = load(config, config.model, device)
-    pruned = load_student(config, device) if config.keep_last else None
-    student.eval()  # `encode` sees to it for `full` only
-
-    def all_three(batch):  # one pass, for which each image is read, and seen by the tower, once
-        visual = student.visual_tokens(batch)
-        if config.keep_last:
-            untrained = [full(batch, visual), pruned(batch, visual)]
-        else:  # cut after layer k = read out at depth k
-            untrained = layer_embeddings(full, batch, visual)[[-1, config.keep_layers]]
-        return torch.stack([*untrained, student(batch, visual)])
-
-    print("evaluating the untrained MLLM at both depths, and PUMA", flush=True)
-    embedded = evaluate.Embedded(benchmark, cells, "test",
-                                 lambda items: full.encode(items, forward=all_three))
-    *untrained, rankings = (embedded.rank(cells, column) for column in range(3))
-    columns = {name: evaluate.score(cells, ranks) for name, ranks in
-               zip(("MLLM", "pruned", "PUMA"), (*untrained, rankings))}
-    sample = [item for cell in cells for item in cell.items[:24]]
-    columns["MLLM"]["efficiency"] = evaluate.efficiency(full, sample)
-    cost = evaluate.efficiency(student, sample)  # of the pruned model, trained or not
-    columns["pruned"]["efficiency"] = columns["PUMA"]["efficiency"] = cost
-    print(evaluate.table(columns))
-    baselines = {"full": columns["MLLM"], "pruned": columns["pruned"]}
-    results = {**columns["PUMA"], "baselines": baselines, "settings": asdict(config)}
-    results["confusion"] = modality_confusion(cells, rankings, embedded.modality)
-    evaluate.write_trec(folder / "trec", cells, rankings)
-    draw_gallery(folder / "gallery.png", evaluate.gallery_rows(embedded, cells, rankings))
-    if results["confusion"]:  # there is a global pool
-        draw_confusion(folder / "confusion.png", results["confusion"])
-    evaluate.write_json(folder / "results.json", results)
-    print(f"wrote {folder / 'results.json'} and the pictures beside it")
+def prepare_training(config, model):
+    """LoRA adapters, where asked for, instead of the decoder's weights; -> peft's tuner or None."""
+    if config.lora_rank:
+        return add_lora(find_decoder(model), config.lora_rank, config.lora_alpha,
+                        config.lora_dropout)
 
 
-def labels_of(config, stage):
-    """How many labelled queries a stage uses, 0: all. Pure distillation needs no label at all."""
-    return 0 if stage == 1 and config.distill_weight == 1 else config.labels
+def print_plan(config, device):
+    """What the run will take, before a weight is read; ValueError if a GPU has less memory."""
+    check_folder(config.model)
+    with torch.device("meta"):  # shapes without memory
+        model = AutoModel.from_config(AutoConfig.from_pretrained(config.model))
+        decoder, whole = find_decoder(model), model.num_parameters()
+        depth, layers = len(decoder.layers), sum(p.numel() for p in decoder.layers.parameters())
+        if not 1 <= config.keep_layers <= depth:
+            raise ValueError(f"--keep-layers must be in 1..{depth}, got {config.keep_layers}")
+        kept = prune_layers(model, config.keep_layers).num_parameters()
+        prepare_training(config, model)  # LoRA's adapters are trained instead of the layers
+    table = model.get_input_embeddings().requires_grad_(False)  # of it the row of [RET] is trained
+    trained = table.embedding_dim + sum(p.numel() for p in decoder.parameters() if p.requires_grad)
+    half = 2 if device.type == "cuda" else 4  # bytes of a weight that is not trained
+    weights = half * kept + 4 * trained if config.lora_rank else 4 * kept
+    if config.stage1_steps and config.distill_weight:  # the teacher shares just the vision tower
+        weights += half * (layers + table.weight.numel())
+    gib = (weights + 12 * trained) / 2**30  # a gradient takes 4 bytes, AdamW's two moments 8
+    print(f"parameters: {kept:,} kept, {whole - kept:,} dropped, {trained:,} trainable; memory: "
+          f"{gib:.2f} GiB, and what a chunk of items takes", flush=True)
+    gpu = device.type == "cuda" and torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gpu and gib > gpu:
+        ways = "--lora-rank 128, fewer --keep-layers, or --stage1-steps 0 (no teacher)"
+        raise ValueError(f"{gib:.1f} GiB are more than the {gpu:.1f} GiB of {device}: try {ways}")
 
 
-def prepare(config):
-    """Check what can be checked without loading anything; -> (config, run folder)."""
-    if config.resume:
-        path = Path(config.resume) / "config.json"
-        if not path.is_file():
-            raise ValueError(f"--resume {config.resume}: expected the file {path}")
-        return Config(**json.loads(path.read_text(encoding="utf-8"))), path.parent
-    config.check()
-    for stage in (1, 2):
-        items, world_size = 2 * config.of_stage(stage, "batch_size"), distributed.world_size()
-        if items % world_size:
-            raise ValueError(f"the {items} items of a batch cannot be shared by {world_size}: "
-                             f"--batch-size must be a multiple of {world_size}")
-    if config.out and Path(config.out).exists():
-        raise ValueError(f"--out {config.out} exists: choose another, or continue with --resume")
+def prepare(config, device):
+    """Check what needs no weight; -> (config, run folder), or None if the run is finished."""
     number = 1
     while Path(f"runs/puma-{number}").exists():
         number += 1
-    return config, Path(config.out or f"runs/puma-{number}")
+    folder = Path(config.resume or config.out or f"runs/puma-{number}")
+    if config.resume:
+        try:
+            config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        except (OSError, TypeError, ValueError) as error:
+            raise ValueError(f"--resume {folder}: cannot read its config.json: {error}") from error
+    elif folder.exists():
+        raise ValueError(f"--out {folder} exists: choose another, or continue with --resume")
+    config.check()
+    for stage in (1, 2):
+        size, ranks = config.of_stage(stage, "batch_size"), distributed.world_size()
+        if 2 * size % ranks:
+            raise ValueError(f"--batch-size must be a multiple of {ranks} processes, got {size}")
+    if (folder / ("results.json" if config.eval else "model")).exists():
+        print(f"{folder} is finished: its model is {folder / 'model'}")
+        return None
+    evaluate.ensure_data(config.data)
+    print_plan(config, device)
+    return config, folder
 
 
-def train(config):
+def run_stages(config):
+    """Both stages and the evaluation, from the start or from the last checkpoint."""
     device = distributed.start(config.device)
-    main_process = distributed.rank() == 0
-    # One process looks for a free folder and writes the default data; the others wait for it.
-    prepared = prepare(config) if main_process else None
-    config, folder = distributed.gather_objects(prepared)[0]
-    if main_process:
-        evaluate.ensure_data(config.data)
-        memory.report(config, device)
-    distributed.barrier()
+    # The first process looks for a free folder and writes the default data; the others wait.
+    first = distributed.rank() == 0
+    prepared = distributed.gather_objects(prepare(config, device) if first else None)[0]
+    if prepared is None:
+        return
+    config, folder = prepared
     torch.manual_seed(config.seed)
     benchmark = Benchmark(config.data, config.seed)
-    student = load_student(config, device)
-    teacher = load_teacher(config, student, device)
+    student = load_student(config, device)  # first k layers
+    teacher = load_teacher(config, student, device)  # all layers
     adapters = prepare_training(config, student)
-    sets = [TrainSet(benchmark, config.of_stage(stage, "batch_size"), steps,
-                     config.tasks_per_batch, 2 * config.seed + stage - 1, labels_of(config, stage))
-            for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1)]
-    torch.manual_seed(config.seed + distributed.rank())  # each process draws its own dropout
+    sets = {stage: train_set(benchmark, config, stage) for stage in (1, 2)}
 
-    run = Run(folder, device, config.keep_checkpoints)  # bad input was refused, leaving no folder
-    if main_process:
-        evaluate.write_json(folder / "config.json", asdict(config))
-        print(f"{folder}: {distributed.world_size()} x {device}, {run.peak / 1e9:.0f} GFLOP/s in a "
-              "large matrix product", flush=True)
-    start = run.position()
-    if start != (1, 0):
+    # The folder is made only now: bad input was refused, leaving none.
+    run = Run(folder, device, config.keep_checkpoints, asdict(config))
+    if first:
+        peak = f"{run.peak / 1e9:.0f} GFLOP/s in a large matrix product"
+        print(f"{folder}: {distributed.world_size()} x {device}, {peak}", flush=True)
+    last_stage, done = run.position()  # (1, 0) in a new run
+    if done:
         run.load_weights(student)
-    for stage, dataset in enumerate(sets, 1):
-        first = start[1] if stage == start[0] else 0
-        if stage >= start[0] and first < len(dataset):
-            train_stage(stage, student, teacher, dataset, config, run, first)
+    for stage in range(last_stage, 3):  # a resumed run may start in stage 2
+        if (begin := done if stage == last_stage else 0) < len(sets[stage]):
+            train_stage(stage, student, teacher, sets[stage], config, run, begin)
         teacher = None  # stage 2 has none: free its memory
-    if not main_process:
+    if not first:
         return
     distributed.stop()
     if adapters is not None:
-        adapters.merge_and_unload()
-    if run.rows():
-        draw_curves(folder / "curves.png", run.rows())
-    student.save_pretrained(folder / "model")
-    print(f"wrote {folder / 'model'} and {folder / 'curves.png'}")
-    if config.eval:
-        compare(config, student, folder, device)
+        adapters.merge_and_unload()  # W + alpha / r * B A: an ordinary model again
+    if not (folder / "model").exists():  # else the run was stopped in its evaluation
+        if run.rows():
+            draw_curves(folder / "curves.png", run.rows())
+        student.save_pretrained(folder / "model")
+        print(f"wrote {folder / 'model'} and {folder / 'curves.png'}")
+    if config.eval:  # (a) the MLLM and (b) its first layers, both untrained, beside (c) PUMA
+        models = {"MLLM": load(config, config.model, device),
+                  "pruned": load_student(config, device), "PUMA": student}
+        evaluate.evaluate_models(models, folder / "model", config.data, out=folder,
+                                 settings=asdict(config))
 
 
 def main():
     config = parse(description=__doc__.split("\n")[0])
     try:
-        train(config)
+        run_stages(config)
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         sys.exit(2)

@@ -1,18 +1,10 @@
 """Several processes that train as one: `torchrun --nproc_per_node=2 train.py`.
 
-Each process (rank) embeds its share of the batch; then every rank gathers all the states, computes
-the loss of the *whole* batch from them, and sends the part of the gradient that belongs to its own
-items back through its own model. The weights' gradients are summed over the ranks. By the chain
-rule that sum is exactly the gradient of one process with the whole batch:
-
-    dL/dweights = sum over ranks  dL/dh_rank . dh_rank/dweights          (h: the [RET] states)
-
-This is GradCache's equation (train.py), with ranks in the place of chunks. (The official code
-differentiates only its own columns of the gathered matrix and averages over W ranks: with that,
-each rank's targets never learn from other ranks' queries.)
-
-Without torchrun everything here is the identity, so `train.py` has one code path. Nothing but
-`torch.distributed` (NCCL on GPUs, gloo on CPUs) is needed. W: processes.
+Each process (rank) embeds its share of the batch, gathers the states of all W, computes the loss of
+the *whole* batch, and sends its own items' part of the gradient back through its model. Summed over
+the ranks, that is exactly the gradient of one process with the whole batch: see the equation in
+train.py. (Official code: a rank differentiates its own columns of the gathered matrix only, and
+averages; its targets never learn from other ranks' queries.) Without torchrun all is the identity.
 """
 
 import os
@@ -25,10 +17,7 @@ PATIENCE = timedelta(minutes=30)  # a rank silent for so long counts as dead
 
 
 def start(device_name):
-    """Join the other processes if torchrun started this one; -> the device to work on.
-
-    `device_name`: "cuda", "cpu", or "" for cuda if there is one. Each rank of a machine takes its
-    own GPU. Raises ValueError if a device is missing.
+    """Join the other processes if torchrun started this one; -> the device, each rank its own GPU.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(device_name)
@@ -70,10 +59,8 @@ def _together(collective, *args, **options):
     try:
         return collective(*args, **options)
     except RuntimeError as error:  # gloo: connection closed; both: timed out
-        raise ConnectionError(
-            f"rank {rank()} of {world_size()}: another process of this run has died or hangs "
-            f"({str(error).splitlines()[0][:120]})"
-        ) from error
+        reason = str(error).splitlines()[0][:120]
+        raise ConnectionError(f"another process of this run has died or hangs: {reason}") from error
 
 
 def gather(tensor):
@@ -99,14 +86,9 @@ def sum_gradients(weights):
 
 
 def gather_objects(value):
-    """Any picklable value of each rank -> the list of all W."""
+    """Any picklable value of each rank -> the list of all W; so it waits for every rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
     _together(dist.all_gather_object, values, value)
     return values
-
-
-def barrier():
-    """Wait until every rank has come here."""
-    gather_objects(None)

@@ -1,0 +1,102 @@
+"""The plots: training curves, queries with results, depths. A `$` in a caption is a `$`."""
+
+import textwrap
+
+import matplotlib
+
+from support.items import load_image
+
+matplotlib.use("Agg")  # draws into files; no window, so it works on a server
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+
+def _save(figure, path, dpi=90):
+    figure.tight_layout()
+    figure.savefig(path, dpi=dpi)
+    plt.close(figure)
+
+
+def draw_curves(path, rows):
+    """Losses and hard temperature over the steps of both stages; rows as in metrics.jsonl."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for key, label, colour in (("contrastive", "contrastive (nats)", "tab:blue"),
+                               ("distill", "distillation (squared distance)", "tab:orange")):
+        points = [(step, row[key]) for step, row in enumerate(rows, 1) if row[key] is not None]
+        if points:
+            left.plot(*zip(*points), color=colour, label=label, linewidth=1)
+    right.plot(range(1, len(rows) + 1), [row["hard_temperature"] for row in rows], color="tab:red",
+               label="hard temperature")
+    first = sum(row["stage"] == 1 for row in rows)
+    for axis, label in ((left, "loss"), (right, "temperature")):
+        if 0 < first < len(rows):
+            axis.axvline(first + 0.5, color="0.6", linestyle=":", label="stage 2 begins")
+        axis.set(xlabel="step", ylabel=label, ylim=(0, None))
+        axis.legend()
+    _save(figure, path)
+
+
+def draw_gallery(path, rows, columns=5):
+    """Search results: rows of (heading, query item, [(title, candidate item, is right or None)]).
+
+    Each row shows the query in blue and the best candidates; a right one has a thick green frame.
+    """
+    size = (2 * columns + 2.4, 1.9 * len(rows) + 0.2)
+    figure, axes = plt.subplots(len(rows), columns + 1, figsize=size, squeeze=False)
+    for line, (heading, query, found) in zip(axes, rows):
+        _draw_item(line[0], query, heading, "tab:blue", width=1.5)
+        for axis, (title, item, right) in zip(line[1:], found):
+            colour, width = ("tab:green", 4) if right else ("0.8", 1)
+            _draw_item(axis, item, title, colour, width)
+        for axis in line[1 + len(found) :]:
+            axis.axis("off")
+    _save(figure, path, dpi=80)
+
+
+def _draw_item(axis, item, title, colour, width):
+    """One framed item: its image above its text, as much of it as fits."""
+    axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
+    axis.set_title(printable(title), fontsize=9, parse_math=False)
+    for spine in axis.spines.values():
+        spine.set(edgecolor=colour, linewidth=width)
+    image, text = item.get("image"), printable(item.get("text") or "")
+    lines = textwrap.wrap(text, 27, max_lines=3 if image else 7, placeholder=" ...")
+    if image:
+        inset = axis.inset_axes([0.2, 0.4, 0.6, 0.57] if text else [0.1, 0.1, 0.8, 0.8])
+        inset.imshow(load_image(image))
+        inset.axis("off")
+    axis.text(0.5, 0.2 if image else 0.5, "\n".join(lines), ha="center", va="center",
+              fontsize=7.5, parse_math=False)
+
+
+def printable(text):
+    """Text for a terminal or a picture: control characters and the like as their escapes."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def draw_depths(path, rows):
+    """Hit rate and likeness to the last layer by depth, hit rate by cost; of `compare_depths`."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 4.8))
+    depths, cost = ([row[key] for row in rows] for key in ("depth", "gflops_per_item"))
+    left.plot(depths, [list(row["cells"].values()) for row in rows], color="0.85")
+    left.plot([], [], color="0.85", label="local pool of each cell")
+    for axis, key, colour, label in (
+            (left, "local", "tab:blue", "local pools"), (middle, "cosine", "tab:green", "cosine"),
+            (left, "global", "tab:orange", "global pool"), (middle, "cka", "tab:purple", "CKA")):
+        for kind, style, kept in (("", "o-", ""), ("last_", "s:", ", last layer kept")):
+            if kind + key in rows[0]:
+                values = [row[kind + key] for row in rows]
+                axis.plot(depths, values, style, color=colour, label=label + kept)
+                if axis is left and not kept:
+                    right.plot(cost, values, style, color=colour, label=label)
+    for row in rows:
+        right.annotate(row["depth"], (row["gflops_per_item"], row["local"]), (0, 6), fontsize=8,
+                       textcoords="offset points", ha="center")
+    for axis in (left, middle, right):
+        axis.set(xlabel="decoder layers k", ylabel="hit rate @5, sampled pools", ylim=(0, 1.06))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    left.set_xticks(depths), middle.set_xticks(depths)
+    middle.set_ylabel("likeness to the last layer")
+    right.set_xlabel("operations, GFLOP an item (at the points: k)")
+    _save(figure, path)
