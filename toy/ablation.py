@@ -33,13 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from data import Benchmark, TrainSet  # noqa: E402
-from metrics import modality_confusion, score  # noqa: E402
-from pictures import plt  # noqa: E402
+from data import Benchmark  # noqa: E402
 from puma import PUMA  # noqa: E402
-from report import write_text  # noqa: E402
-from run import Run  # noqa: E402
 from settings import Config  # noqa: E402
+from support.files import write_json, write_text  # noqa: E402
+from support.pictures import plt  # noqa: E402
+from support.report import modality_confusion, score  # noqa: E402
+from support.run import Run  # noqa: E402
 
 # What the tables compare is written out, so that new defaults of train.py do not change them.
 BASE = Config(stage1_steps=0, stage2_steps=80, lr=3e-3, temperature=0.03, decay=0.5, workers=0,
@@ -168,20 +168,20 @@ def run_one(settings, seed, folder):
     run = Run(work, device)
     for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1):
         if steps:
-            dataset = TrainSet(benchmark, config.batch_size, steps, config.tasks_per_batch,
-                               seed=2 * seed + stage - 1, labels=train.labels_of(config, stage))
+            dataset = train.train_set(benchmark, config, stage)
             train.train_stage(stage, student, teacher, dataset, config, run)
         teacher = None
     benchmark = Benchmark(config.data)  # the same instructions for every seed
     cells = evaluate.split_cells(benchmark, "test", limit=200)
-    embedded = evaluate.Embedded(benchmark, cells, "test", student.encode)
+    embedded = evaluate.Embedded(benchmark, cells, "test", lambda items, _: student.encode(items))
     rankings = embedded.rank(cells)
-    quality = score(cells, rankings, draws=2)
-    confusion = modality_confusion(cells, rankings, embedded.modality)
+    quality = score(cells, rankings)
+    confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[
+        embedded.row(key)])
     result = {
         "id": run_id(settings), "seed": seed, "seconds": round(time.time() - started),
         "masked_duplicates": sum(row["masked_duplicates"] for row in run.rows()),
-        "confusion": {task: entry["top1"] for task, entry in confusion.items()},
+        "confusion": confusion,
         "tasks": {name: {pool: entry[pool]["hit_rate@5"] for pool in ("local", "global")}
                   for name, entry in quality["cells"].items()},
     }
@@ -191,7 +191,7 @@ def run_one(settings, seed, folder):
     if settings == GROUPS["parts"][FULL]:
         student.save_pretrained(folder / f"trained-{seed}")
     shutil.rmtree(work)
-    evaluate.write_json(result_path(folder, settings, seed), result)
+    write_json(result_path(folder, settings, seed), result)
     return result
 
 
@@ -383,6 +383,8 @@ def write_report(folder, docs):
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     groups = [group for group in GROUPS
               if all(values_of(results, s, "seen local") for s in GROUPS[group].values())]
+    if not results:  # the tables that are there are worth more than empty ones
+        raise FileNotFoundError(f"{folder}: expected the results of runs, found none")
     lines = ",\n".join(map(json.dumps, results))  # one run a line
     write_text(docs / "ablation.json", f"[\n{lines}\n]\n")
     text = "\n\n".join(table(group, results) for group in groups)
@@ -420,6 +422,8 @@ def main():
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown group {sorted(unknown)[0]}: choose from {', '.join(GROUPS)}")
+    if args.seeds < 1 or args.workers < 1:
+        parser.error(f"need --seeds and --workers >= 1, got {args.seeds} and {args.workers}")
     os.chdir(ROOT)  # the paths in Config are relative to the repository
     weights = Path(BASE.model, "model.safetensors").read_bytes()
     args.work /= hashlib.sha256(weights).hexdigest()[:8]  # another MLLM has other results
@@ -427,7 +431,11 @@ def main():
     for group in () if args.report else args.groups or GROUPS:
         run_group(group, args.seeds, args.work, args.workers)
         write_report(args.work, ROOT / "docs")
-    write_report(args.work, ROOT / "docs")
+    try:
+        write_report(args.work, ROOT / "docs")
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print((ROOT / "docs/ablation.md").read_text())
 
 

@@ -210,7 +210,7 @@ class World:
     def __init__(self, seed=0):
         rng = random.Random(seed)
         all_faces = [*TRAIN_FACES, TARGET_FACE, *TEST_QUERY_FACES]
-        self.faces = {face: set(FT2Font(font_path(face)).get_charmap()) for face in all_faces}
+        self.faces = {face: set(FT2Font(str(font_path(face))).get_charmap()) for face in all_faces}
         self.names = load_characters(self.faces)
 
         # A character may be held out only while each of its words stays in two training names.
@@ -450,6 +450,10 @@ def build(out, seed=0, processes=None):
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists: remove it, or choose another --out")
+    for left in out.parent.glob(f"{out.name}.tmp-*"):  # of a killed run: its process is gone
+        process = left.suffix.removeprefix(".tmp-")
+        if Path("/proc/self").exists() and not Path("/proc", process).exists():
+            shutil.rmtree(left, ignore_errors=True)
     root = out.with_name(f"{out.name}.tmp-{os.getpid()}")
     try:
         world = World(seed)

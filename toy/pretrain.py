@@ -4,7 +4,7 @@ It plays the part that Qwen's own pre-training plays for the paper: a real
 `Qwen2VLForConditionalGeneration` of 2.6 M parameters, trained generatively on GlyphBEIR's *training
 files* (so nothing held out is seen), never contrastively:
 
-    python toy/pretrain.py                 # resumes by itself; writes toy/tiny-qwen2-vl
+    python toy/pretrain.py                 # resumes by itself; writes runs/tiny-qwen2-vl
 
 Half of each batch is question answering, half is the one-word prompt that PUMA embeds with:
 
@@ -43,9 +43,10 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Benchmark  # noqa: E402
-from evaluate import Embedded, score, split_cells  # noqa: E402
+from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
-from puma import PROMPT, PUMA, RET  # noqa: E402
+from puma import PROMPT, PUMA, RET, check_folder  # noqa: E402
+from support.report import score  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
     INSTRUCTIONS,
     TARGET_FACE,
@@ -246,8 +247,9 @@ def loss_of(model, batch, positions, labels):
     return F.cross_entropy(logits, labels)
 
 
-def save_checkpoint(path, step, model, optimizer, history):
+def save_checkpoint(path, settings, step, model, optimizer, history):
     state = {
+        "settings": settings,
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -276,8 +278,12 @@ def train(corpus, puma, model, args):
     checkpoint = Path(args.work) / "checkpoint.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     first, history = 0, []
+    settings = {name: getattr(args, name) for name in ("steps", "batch_size", "lr", "seed")}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        if state.get("settings") != settings:  # else the card would name another recipe
+            raise ValueError(f"{checkpoint} is of the settings {state.get('settings')}, not of "
+                             f"{settings}: choose another --work")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["step"], state["history"]
@@ -305,7 +311,7 @@ def train(corpus, puma, model, args):
             })
             bar.set_postfix(answer=f"{answer.item():.3f}", summary=f"{summary.item():.3f}")
         if step % 500 == 499 or step + 1 == args.steps:
-            save_checkpoint(checkpoint, step + 1, model, optimizer, history)
+            save_checkpoint(checkpoint, settings, step + 1, model, optimizer, history)
     return history
 
 
@@ -345,15 +351,13 @@ def measure(folder, data):
     cells = split_cells(benchmark, "test")
     depth = len(find_decoder(puma).layers)
 
-    def read_out(batch):
-        return layer_embeddings(puma, batch)
+    def states_of(batch):  # (B, L + 1, D)
+        return layer_embeddings(puma, batch).transpose(0, 1)
 
-    def encode(items):
-        return puma.encode(items, forward=read_out)
-
-    embedded = Embedded(benchmark, cells, "test", encode)
+    embedded = Embedded(benchmark, cells, "test",
+                        lambda items, _: puma.encode(items, forward=states_of))
     for layers in range(depth, 0, -1):
-        result = score(cells, embedded.rank(cells, depth=layers))
+        result = score(cells, embedded.rank(cells, layers))
         for split, average in (("seen", "average"), ("zero-shot", "average_zero")):
             for pool in ("local", "global"):
                 key = f"hit rate @5 read after layer {layers}, {split}, {pool} pools"
@@ -391,7 +395,6 @@ def export(model, puma, history, args):
         *(f"| {name} | {100 * value:.1f} |" for name, value in figures.items()),
     ]
     (temporary / "README.md").write_text("\n".join(card) + "\n", encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
     print("\n".join(card))
 
@@ -399,18 +402,35 @@ def export(model, puma, history, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
-    parser.add_argument("--out", default="toy/tiny-qwen2-vl", help="folder of the finished model")
+    parser.add_argument("--out", default="runs/tiny-qwen2-vl", help="the finished model's folder")
     parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
     parser.add_argument("--steps", type=int, default=10_000, help="about 0.35 s each on two cores")
     parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
-    parser.add_argument("--measure", action="store_true", help="only measure the model in --out")
+    parser.add_argument("--measure", nargs="?", const="toy/tiny-qwen2-vl", metavar="FOLDER",
+                        help="only measure a model, by default the committed one")
     args = parser.parse_args()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args):
+    """What the arguments ask for. Raises ValueError or OSError on bad ones, before any work."""
+    if args.steps < 1 or args.batch_size < 2 or not 0 < args.lr < math.inf:
+        raise ValueError(f"need --steps >= 1, --batch-size >= 2 and a finite --lr > 0, got "
+                         f"{args.steps}, {args.batch_size} and {args.lr}")
+    if args.measure:
+        check_folder(args.measure)
+    elif Path(args.out).exists():
+        raise ValueError(f"--out {args.out} exists: choose another folder")
     if not Path(args.data).exists():
         print(build(args.data))
     if args.measure:
-        for name, value in measure(args.out, args.data).items():
+        for name, value in measure(args.measure, args.data).items():
             print(f"{100 * value:5.1f}  {name}")
         return
     corpus = Corpus(args.data)
