@@ -1,72 +1,51 @@
 """Speed and memory, measured in one run on this machine: a script, not a test.
 
-    python tests/benchmark.py                # all parts, about 12 minutes on two CPU cores
-    python tests/benchmark.py loss search    # some of them
+    python tests/benchmark.py loss search       # or all but scale and loader: 12 minutes, two cores
+    python tests/benchmark.py scale --out DIR   # data.py at M-BEIR's size: 3 GB, written once
 
 Prints one line a comparison: what is compared, the ratio, the aim. A time is the median of several
-calls, the two sides in turn, so that a slow minute of the machine hits both. Needs no GPU, uses one
-when there is one (memory is then the GPU's; else the process's, on Linux). The model has random
-weights and the proportions of Qwen2-VL-2B (28 layers, MLP 5.8 times as wide, a vision tower of 32
-blocks with half of the decoder's weights) at a third of its width, so that arithmetic dominates.
+calls, the two sides in turn, so that a slow minute of the machine hits both. Memory is the GPU's
+where there is one, else the process's (on Linux). The model has random weights and Qwen2-VL-2B's
+proportions (28 layers, a vision tower with half of the decoder's weights) at a third of its width,
+so that arithmetic dominates.
 """
 
 import argparse
 import contextlib
 import copy
-import ctypes
+import importlib.util
+import json
 import random
-import re
-import statistics
-import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu_check import build, free_for_real, peak_memory, ready_batch, seconds_of
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    Qwen2VLConfig,
-    Qwen2VLImageProcessorPil,
-    Qwen2VLModel,
-)
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import benchmark_search  # noqa: E402
-
-import puma  # noqa: E402
-from mac_loss import mac_loss  # noqa: E402
-from prune_distill import depth_costs, distill_loss, prune_layers  # noqa: E402
-from puma import PUMA, to_device  # noqa: E402
-from settings import Config  # noqa: E402
-from train import Batcher, move, training_step  # noqa: E402
+import puma
+from data import Benchmark, TrainSet
+from evaluate import ensure_data
+from mac_loss import mac_loss
+from prune_distill import prune_layers
+from settings import Config
+from support.index import search
+from support.run import count_flops
+from train import Batcher, large_batch_step, plain_step, stage_losses
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+THIRD = (512, 2944, 4, 1, 2048, (32, 448, 7), 28)  # as in gpu_check.SHAPES
+SMALL = (256, 1472, 2, 1, 2048, (1, 256, 4), 4)  # for GradCache: the batch should take the memory
 WORDS = "latin small capital letter with acute grave arrow black white chess sign of and".split()
 
 
-def random_model(width=512, layers=28, blocks=32):
-    """A PUMA of random weights. Tokenizer: tiny-qwen2-vl's."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/tiny-qwen2-vl")
-    ids = tokenizer.convert_tokens_to_ids
-    config = Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=23 * width // 4,
-            num_hidden_layers=layers, num_attention_heads=width // 128, num_key_value_heads=1,
-            rope_parameters={"rope_type": "default", "mrope_section": [16, 24, 24],
-                             "rope_theta": 1_000_000.0},
-            bos_token_id=None, eos_token_id=None,
-        ),
-        vision_config=dict(depth=blocks, embed_dim=7 * width // 8, hidden_size=width,
-                           num_heads=7 * width // 512, mlp_ratio=4),
-        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
-        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
-    )
-    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 36 * 28 * 28}
-    return PUMA(Qwen2VLModel(config), tokenizer, Qwen2VLImageProcessorPil(size=size)).to(DEVICE)
+def line(what, figure, aim=""):
+    print(f"| {what} | {figure} | {aim} |", flush=True)
 
 
 def random_items(count, images=0.5, longest=60, seed=0):
@@ -81,239 +60,215 @@ def random_items(count, images=0.5, longest=60, seed=0):
     return items
 
 
-def seconds(*functions, runs=3):
-    """The median time of each function, called in turn; one first call of each is not timed."""
-    free_for_real(1 << 25)  # the most that malloc itself would choose
-    times = [[] for _ in functions]
-    for run in range(runs + 1):
-        for function, own in zip(functions, times):
-            started = time.perf_counter()
-            function()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            own += [time.perf_counter() - started] if run else []
-    return [statistics.median(own) for own in times]
-
-
-def peak_memory(function):
-    """Bytes that `function()` takes at most, above what was there before: GPU, or resident."""
-    if DEVICE.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    free_for_real(1 << 16)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back, so it is not reused
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
-    before = resident("VmRSS")
-    function()
-    return resident("VmHWM") - before
-
-
-def free_for_real(size):
-    """Blocks above `size` bytes go back to the system when freed; malloc keeps smaller ones."""
-    ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
-
-
-def resident(key):
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024
-
-
-def line(what, figure, aim=""):
-    print(f"| {what} | {figure} | {aim} |", flush=True)
-
-
-# ---- the comparisons -----------------------------------------------------------------------------
-
 def bench_loss(rows=4096, width=1536):
     """MAC-Loss against InfoNCE by cross_entropy, forward and backward."""
     modality = torch.randint(0, 3, (rows,), device=DEVICE)
-    labels = torch.arange(rows, device=DEVICE)
 
     def infonce(query, target):
         logits = F.normalize(query, dim=-1) @ F.normalize(target, dim=-1).T / 0.03
-        F.cross_entropy(logits, labels).backward()
+        F.cross_entropy(logits, torch.arange(rows, device=DEVICE)).backward()
 
-    def mac(query, target, modality=modality):
-        mac_loss(query, target, modality, 0.03, 0.02).backward()
+    def mac(query, target, kinds=3):
+        mac_loss(query, target, modality % kinds, 0.03, 0.02).backward()
 
-    def mac_one(query, target):
-        mac(query, target, torch.zeros_like(modality))
-
-    def embeddings(width):
-        return [torch.randn(rows, width, device=DEVICE, requires_grad=True) for _ in "qt"]
-
-    pair = embeddings(width)
-    times = seconds(lambda: infonce(*pair), lambda: mac(*pair), lambda: mac_one(*pair), runs=7)
+    losses = {"InfoNCE": infonce, "MAC-Loss": mac, "MAC-Loss, one modality": partial(mac, kinds=1)}
+    wide, narrow = ([torch.randn(rows, size, device=DEVICE, requires_grad=True) for _ in "qt"]
+                    for size in (width, 8))
+    plain, three, one = seconds_of(*(partial(loss, *wide) for loss in losses.values()), runs=7)
     line(f"MAC-Loss / InfoNCE, time, B = N = {rows}, D = {width}",
-         f"{times[1] / times[0]:.2f}, one modality {times[2] / times[0]:.2f}", "<= 1.5")
-    narrow = embeddings(8)  # so that only the (B, N) matrices count
-    for name, function in (("InfoNCE", infonce), ("MAC-Loss", mac),
-                           ("MAC-Loss, one modality", mac_one)):
-        function(*narrow)
-        peak = peak_memory(lambda function=function: function(*narrow))
-        line(f"{name}, peak memory in B x N float32 matrices", f"{peak / (4 * rows * rows):.2f}",
-             "" if function is infonce else "<= 3")
+         f"{three / plain:.2f}, one modality {one / plain:.2f}", "<= 1.5")
+    for name, loss in losses.items():
+        loss(*narrow)  # so that only the (B, N) matrices count
+        peak = peak_memory(partial(loss, *narrow), DEVICE) / (4 * rows * rows)
+        line(f"{name}, peak memory in B x N float32 matrices", f"{peak:.2f}")
 
 
+@torch.no_grad()
 def bench_prune(model, keep=12):
     """Encoding with the first 12 of 28 layers against all, beside the ratio of operations."""
-    cut = prune_layers(copy.deepcopy(model), keep).eval()
+    models = model, prune_layers(copy.deepcopy(model), keep)
     for name, images in (("texts", 0.0), ("half with image", 0.5)):
         items = random_items(32, images)
-        batch = to_device(model.collate(items), DEVICE)
-        flops = [depth_costs(m, batch)[-1][1] for m in (model, cut)]
-        times = seconds(*(lambda m=m, items=items: m.encode(items, show_progress=False)
-                          for m in (model, cut)))
-        speed, work = times[0] / times[1], flops[0] / flops[1]
+        batch = puma.to_device(model.collate(items), DEVICE)
+        full, cut = (count_flops(partial(m, batch)) for m in models)
+        slow, fast = seconds_of(*(partial(m.encode, items, show_progress=False) for m in models))
         line(f"encode, {keep} layers against 28, {name}: speed-up / FLOP ratio",
-             f"{speed:.2f} / {work:.2f} = {speed / work:.2f}", ">= 0.9")
+             f"{slow / fast:.2f} / {full / cut:.2f} = {slow / fast * cut / full:.2f}", ">= 0.9")
 
 
+@torch.no_grad()
 def bench_sort(model):
     """Encoding mixed items sorted by length against input order: captions, images, passages."""
     items = random_items(56, images=0.3, longest=15) + random_items(8, images=0.0, longest=200)
     random.Random(0).shuffle(items)
-
-    def in_order():
-        with torch.inference_mode():
-            for start in range(0, len(items), 16):
-                model(to_device(model.collate(items[start : start + 16]), DEVICE))
-
-    times = seconds(lambda: model.encode(items, batch_size=16, show_progress=False), in_order)
-    line("encode mixed items, input order / sorted by length, time", f"{times[1] / times[0]:.2f}",
-         ">= 1.5")
+    encode = partial(model.encode, batch_size=16, show_progress=False)
+    slow, fast = seconds_of(lambda: [encode(items[i : i + 16]) for i in range(0, len(items), 16)],
+                            lambda: encode(items))
+    line("encode mixed items, input order / sorted by length, time", f"{slow / fast:.2f}", ">= 1.5")
 
 
+@torch.no_grad()
 def bench_last_layer(model, keep=12):
     """The last layer for [RET] alone against all positions."""
-    cut = prune_layers(copy.deepcopy(model), keep).eval()
-    batch = to_device(cut.collate(random_items(32, images=0.0)), DEVICE)
-
-    @torch.inference_mode()
-    def plain():
-        only, puma._last_token_only = puma._last_token_only, contextlib.nullcontext
-        try:
-            cut(batch)
-        finally:
-            puma._last_token_only = only
-
-    @torch.inference_mode()
-    def ret_only():
-        cut(batch)
-
-    times = seconds(plain, ret_only, runs=7)
+    cut = prune_layers(copy.deepcopy(model), keep)
+    batch = puma.to_device(cut.collate(random_items(32, images=0.0)), DEVICE)
+    run = partial(cut, batch)
+    plain = mock.patch.object(puma, "_last_token_only", contextlib.nullcontext)(lambda: run())
+    slow, fast = seconds_of(plain, run, runs=7)
     line(f"forward pass of {keep} layers, last one plain / for [RET] only, time",
-         f"{times[0] / times[1]:.3f}", f"{keep / (keep - 1):.3f} = a whole layer")
+         f"{slow / fast:.3f}", f"{keep / (keep - 1):.3f} = a whole layer")
 
 
 def bench_stage1(model, keep=12):
     """A step of stage 1 here against the official code's way of computing the same losses."""
-    student, teacher = prune_layers(copy.deepcopy(model), keep), model
-    teacher.requires_grad_(False)
-    student.backbone.visual = teacher.backbone.visual
+    student, config = prune_layers(copy.deepcopy(model), keep), Config(chunk_size=4)
+    student.backbone.visual = model.requires_grad_(False).backbone.visual
     items = random_items(16, longest=12)  # captions, half of them with an image of 4 to 36 tokens
-    pairs = {"queries": items[:8], "targets": items[8:], "modality": torch.zeros(8).long(),
-             "positive_keys": [[i] for i in range(8)], "target_keys": torch.arange(8)}
-
-    def losses_of(states, teacher_states):
-        modality = torch.zeros(8, dtype=torch.long, device=DEVICE)
-        contrastive = mac_loss(*states.chunk(2), modality, 0.05, 0.05)
-        return {"loss": 0.9 * contrastive + 0.1 * distill_loss(states, teacher_states)}
-
-    batch = move(Batcher(student, Config(chunk_size=4))(pairs), DEVICE)
+    batch = ready_batch(student, config, items[:8], items[8:])
     after = student.tokenize([".<|im_end|>\n"], special=True)[0]  # row 12: computed and ignored
-
-    def prepare(items):
-        tails = [[*model.summary_tail(item), *after] for item in items]
-        return to_device(model.collate(items, tails), DEVICE)
-
-    halves = [prepare(items[:8]), prepare(items[8:])]  # queries, targets: each padded as it comes
-
-    def embed(side, network, keep_all):
-        network = network.backbone
-        embeds = network.get_input_embeddings()(side["input_ids"])
-        if "pixel_values" in side:  # row 9: each model computes the tower for itself
-            visual = network.visual(side["pixel_values"], grid_thw=side["grid_thw"]).pooler_output
-            slots = side["input_ids"] == network.config.image_token_id
-            embeds = embeds.masked_scatter(slots[..., None], visual)
-        out = network.language_model(inputs_embeds=embeds, attention_mask=side["attention_mask"],
-                                     position_ids=side["position_ids"], use_cache=False,
-                                     output_hidden_states=keep_all)
-        return out.last_hidden_state[:, -1 - len(after)], out.hidden_states
+    sides = []  # queries, targets: each padded as it comes
+    for part in (items[:8], items[8:]):
+        tails = [[*model.summary_tail(item), *after] for item in part]
+        side = puma.to_device(model.collate(part, tails), DEVICE)
+        sides.append({"image_grid_thw": side.pop("grid_thw"), "use_cache": False, **side})
 
     def official():
-        with torch.no_grad():
-            taught = [embed(side, teacher, True) for side in halves]  # all states stay alive
-        states = torch.cat([embed(side, student, False)[0] for side in halves])
-        losses_of(states, torch.cat([state for state, _ in taught]))["loss"].backward()
+        with torch.no_grad():  # row 9: all its hidden states stay alive, and its own tower runs
+            taught = [model.backbone(**side, output_hidden_states=True) for side in sides]
+        learnt = [student.backbone(**side) for side in sides]
+        states = [torch.cat([out.last_hidden_state[:, -1 - len(after)] for out in outs])
+                  for outs in (learnt, taught)]
+        stage_losses(*states, batch, 1, 0.0, config)["loss"].backward()
 
-    def ours():
-        training_step(student, teacher, batch, losses_of)
-
-    times = seconds(official, ours)
-    line("stage-1 step, official way / here, time", f"{times[0] / times[1]:.2f}", ">= 1.4")
-    peaks = [peak_memory(step) for step in (official, ours)]
-    line("stage-1 step, official way / here, peak memory", f"{peaks[0] / peaks[1]:.2f}")
+    ours = partial(plain_step, student, model, batch, 1, 0.0, config)
+    slow, fast = seconds_of(official, ours)
+    line("stage-1 step, official way / here, time", f"{slow / fast:.2f}", ">= 1.4")
+    more, less = peak_memory(official, DEVICE), peak_memory(ours, DEVICE)
+    line("stage-1 step, official way / here, peak memory", f"{more / less:.2f}")
 
 
-def bench_gradcache():
+def bench_gradcache(sizes=(64, 128, 256, 512, 1024)):
     """GradCache in chunks of 64 items against one big batch, B pairs of short texts."""
-    student = random_model(width=256, layers=4, blocks=1)
+    student, config = build(SMALL, SMALL[-1], DEVICE, torch.float32), Config(chunk_size=64)
     free_for_real(1 << 16)  # from the start: what the timings leave in malloc's hands would count
+
+    def step(step_of, batch):
+        student.zero_grad(set_to_none=True)
+        step_of(student, None, batch, 2, 0.5, config)
+
     steps, first = {}, None
-    for rows in (64, 128, 256, 512, 1024):
+    for rows in sizes:
         items = random_items(2 * rows, images=0.0, longest=12, seed=rows)
-        pairs = {"queries": items[:rows], "targets": items[rows:],
-                 "modality": torch.zeros(rows).long(), "target_keys": torch.arange(rows),
-                 "positive_keys": [[i] for i in range(rows)]}
-
-        def losses_of(states, _teacher_states, rows=rows):
-            modality = torch.zeros(rows, dtype=torch.long, device=DEVICE)
-            return {"loss": mac_loss(*states.chunk(2), modality, 0.03, 0.02)}
-
-        batch = move(Batcher(student, Config(chunk_size=64))(pairs), DEVICE)
-
-        def step(grad_cache, batch=batch, losses_of=losses_of):
-            student.zero_grad(set_to_none=True)
-            training_step(student, None, batch, losses_of, grad_cache)
-
-        steps[rows] = step
-        step(True)
-        cached = peak_memory(partial(step, True))
-        first = first or cached
-        figure = f"peak {cached >> 20} MiB, {cached / first:.2f} times that of B = 64"
+        batch = ready_batch(student, config, items[:rows], items[rows:])
+        cached, plain = (partial(step, s, batch) for s in (large_batch_step, plain_step))
+        steps[rows] = cached, plain
+        cached()
+        peak = peak_memory(cached, DEVICE)
+        first = first or peak
+        figure = f"peak {peak >> 20} MiB, {peak / first:.2f} times that of B = {sizes[0]}"
         if rows <= 256:
-            figure += f"; one big batch {peak_memory(partial(step, False)) >> 20} MiB"
+            figure += f"; one big batch {peak_memory(plain, DEVICE) >> 20} MiB"
         line(f"GradCache, B = {rows}", figure, "<= 1.3 at B = 1024" if rows == 1024 else "")
-    for rows in (64, 128, 256):
-        times = seconds(partial(steps[rows], True), partial(steps[rows], False), runs=2)
-        line(f"GradCache / one big batch, B = {rows}, time", f"{times[0] / times[1]:.2f}")
+    for rows in sizes[:3]:
+        slow, fast = seconds_of(*steps[rows], runs=2)
+        line(f"GradCache / one big batch, B = {rows}, time", f"{slow / fast:.2f}")
 
 
-def bench_search():
-    """Exact search in 1 M vectors against FAISS IndexFlatIP, if that is installed."""
-    print()
-    benchmark_search.compare(**benchmark_search.DEFAULTS, threads=torch.get_num_threads())
+def bench_search(rows=1_000_000, width=1536, queries=1000, k=10):
+    """Exact search in a memory map of float16 vectors; FAISS has them in memory, as float32."""
+    probes, found = F.normalize(torch.randn(queries, width), dim=-1), {}
+    with tempfile.NamedTemporaryFile(suffix=".npy") as file:
+        pool = np.lib.format.open_memmap(file.name, "w+", np.float16, (rows, width))
+        parts = [pool[start : start + 50_000] for start in range(0, rows, 50_000)]
+        for part in parts:
+            part[:] = F.normalize(torch.randn(part.shape), dim=-1).half().numpy()
+        ways = {"here": partial(search, probes, torch.from_numpy(pool), k)}
+        if importlib.util.find_spec("faiss"):
+            index = importlib.import_module("faiss").IndexFlatIP(width)
+            for part in parts:
+                index.add(part.astype(np.float32))
+            ways["FAISS"] = partial(index.search, probes.numpy(), k)
+        for name, took in zip(ways, seconds_of(*ways.values(), runs=2)):
+            found[name] = np.asarray(ways[name]()[1])
+            line(f"search {rows:,} x {width}, {queries:,} queries, top {k}: {name}",
+                 f"{took:.2f} s, {2e-9 * rows * width * queries / took:.0f} GFLOP/s, results as "
+                 f"here: {(found[name] == found['here']).mean():.2%}")
+
+
+def bench_scale(folder, queries, candidates, steps=4000):
+    """Open a training set of M-BEIR's size as train.py does, get its first batch of 600 pairs."""
+    if not folder.exists():
+        write_m_beir(folder, queries, candidates)
+
+    def first_batch():
+        started = time.perf_counter()
+        batches = TrainSet(Benchmark(folder), 600, steps)
+        opened = time.perf_counter() - started
+        pairs = len(batches[0]["queries"])
+        line(f"{len(batches.queries):,} queries, {len(batches.pool):,} candidates: start-up, "
+             f"batch of {pairs}", f"{opened:.1f} s, {time.perf_counter() - started - opened:.1f} s")
+
+    peak = peak_memory(first_batch, torch.device("cpu"))
+    line("the same, peak memory, without Python and torch", f"{peak / 2**30:.2f} GiB")
+
+
+def write_m_beir(root, queries, candidates):
+    """The files that training needs, lines as long as the real ones; each query comes twice."""
+    rng = random.Random(0)
+    for name, prefix, count, words in (
+            ("query/union_train/mbeir_union_up_train.jsonl", "query_", queries, 7),
+            ("cand_pool/global/mbeir_union_train_cand_pool.jsonl", "", candidates, 25)):
+        (root / name).parent.mkdir(parents=True)
+        with (root / name).open("w") as file:
+            for n in range(count):
+                text = "an old red house by the sea " * rng.randrange(1, words)
+                row = {f"{prefix}txt": text, f"{prefix}img_path": f"mbeir_images/oven/{n}.jpg",
+                       f"{prefix}modality": "image,text", f"{prefix}src_content": None}
+                dids = [f"5:{rng.randrange(candidates)}" for _ in range(8 if prefix else 0)]
+                lists = {"qid": f"5:{n // 2}", "pos_cand_list": dids[:2], "neg_cand_list": dids[2:]}
+                file.write(json.dumps(row | (lists if prefix else {"did": f"5:{n}"})) + "\n")
+    (root / "instructions").mkdir()
+    (root / "instructions/query_instructions.tsv").write_text(
+        "header\nimage,text\timage,text\tOVEN\t5\tFind it.\n")
+
+
+def bench_loader(batch_size=128):
+    """Batches a second by worker processes, the toy model's steps a second on them; photos."""
+    config = Config(batch_size=batch_size)
+    ensure_data(config.data)
+    batches = TrainSet(Benchmark(config.data), batch_size, steps=20)
+    student = puma.PUMA.from_pretrained(config.model, keep_layers=config.keep_layers).train()
+    for workers in (0, 1, 2):
+        ready = iter(torch.utils.data.DataLoader(batches, batch_size=None, num_workers=workers,
+                                                 collate_fn=Batcher(student, config)))
+        batch, started = next(ready), time.perf_counter()  # the workers have started
+        rate = sum(1 for _ in ready) / (time.perf_counter() - started)
+        line(f"loader, {workers} workers, batches of {batch_size} pairs", f"{rate:.1f} a second")
+    (took,) = seconds_of(partial(plain_step, student, None, batch, 2, 0.5, config))
+    line("model, stage 2, without optimizer", f"{1 / took:.1f} steps a second")
+    student.image_processor.size = {"shortest_edge": 4 * 28**2, "longest_edge": 300 * 28**2}
+    with tempfile.NamedTemporaryFile(suffix=".jpg") as file:
+        Image.effect_noise((500, 375), 60).convert("RGB").save(file.name)
+        (took,) = seconds_of(partial(student.collate, [{"image": file.name}] * 32))
+    line("JPEG files of 500 x 375 pixels, one process", f"{32 / took:.0f} a second")
 
 
 def main():
-    parts = {"loss": bench_loss, "prune": bench_prune, "sort": bench_sort,
-             "last_layer": bench_last_layer, "stage1": bench_stage1, "gradcache": bench_gradcache,
-             "search": bench_search}
+    parts = {name[6:]: part for name, part in globals().items() if name.startswith("bench_")}
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all")
-    chosen = parser.parse_args().parts or list(parts)
+    parser.add_argument("parts", nargs="*", choices=[[], *parts], help="default: all but two")
+    parser.add_argument("--out", type=Path, default=Path("data/scale"), help="scale's directory")
+    parser.add_argument("--queries", type=int, default=1_300_000, help="lines that scale writes")
+    parser.add_argument("--candidates", type=int, default=5_600_000, help="the same of its pool")
+    args = parser.parse_args()
     print(f"torch {torch.__version__}, {DEVICE}, {torch.get_num_threads()} threads\n")
     print("| measured | figure | aim |\n|---|---|---|")
-    model = None
-    for name in chosen:
-        if name in ("loss", "gradcache", "search"):
-            parts[name]()
-        else:
-            model = model or random_model().eval()
-            parts[name](model)
+    torch.manual_seed(0)
+    for name in args.parts or list(parts)[:-2]:
+        given = (args.out, args.queries, args.candidates) if name == "scale" else ()
+        if name in ("prune", "sort", "last_layer", "stage1"):
+            given = (build(THIRD, THIRD[-1], DEVICE, torch.float32).eval(),)
+        parts[name](*given)
 
 
 if __name__ == "__main__":

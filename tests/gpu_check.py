@@ -7,23 +7,27 @@
 writes a Markdown table to --out (default gpu_check.md):
 
 1. agreement: embeddings and gradients of a small float32 model, on the CPU and on the device;
-2. for each number of kept layers: seconds of a training step (`train.training_step`, AdamW, bf16
+2. for each number of kept layers: seconds of a training step (`train.large_batch_step`, AdamW, bf16
    autocast), pairs a second, MFU, peak memory; items encoded a second (bf16), its MFU, the speed-up
    over all layers and beside it the ratio of the operations, which it could reach at best;
 3. one step with GradCache and LoRA of the paper's batch of 600 pairs, for the 7B shape.
 
-MFU is the share of the operations a second of a large matrix product, measured first. Operations
-are counted by torch for a plain step, so what GradCache computes twice is counted once. The aim:
-40 % in training and 50 % in encoding for 12 layers of the 2B shape. Items are ready in memory:
-reading images is not measured here.
+Training the 7B shape takes LoRA, and so `pip install peft`; without, the rest is measured. MFU is
+the share of the operations a second of a large matrix product, measured first. Operations are
+counted by torch for a plain step, so what GradCache computes twice is counted once. The aim: 40 %
+in training and 50 % in encoding for 12 layers of the 2B shape. Items are ready in memory: reading
+images is not measured here.
 """
 
 import argparse
 import copy
+import ctypes
+import importlib.util
 import random
+import re
+import statistics
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,8 +35,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
     AutoImageProcessor,
@@ -41,26 +43,31 @@ from transformers import (  # noqa: E402
     Qwen2VLConfig,
 )
 
-from distributed import pick_device  # noqa: E402
-from memory import add_lora  # noqa: E402
+from prune_distill import find_decoder  # noqa: E402
 from puma import PUMA  # noqa: E402
-from run import measure_peak  # noqa: E402
 from settings import Config  # noqa: E402
-from train import Batcher, autocast, move, stage_losses, training_step  # noqa: E402
+from support.distributed import pick_device  # noqa: E402
+from support.lora import add_lora  # noqa: E402
+from support.run import count_flops, measure_peak  # noqa: E402
+from train import Batcher, autocast, large_batch_step, move, plain_step  # noqa: E402
 
 TOY = ROOT / "toy/tiny-qwen2-vl"  # its tokenizer and special tokens; not its weights
-# hidden size, MLP, heads, key-value heads, vocabulary, vision (depth, width, heads); layers
+# hidden size, MLP, heads, key-value heads, vocabulary, vision (depth, width, heads), layers
 SHAPES = {
     "2b": (1536, 8960, 12, 2, 151936, (32, 1280, 16), 28),
     "7b": (3584, 18944, 28, 4, 152064, (32, 1280, 16), 28),
     "tiny": (64, 128, 4, 2, 2048, (2, 32, 2), 4),
 }
 SIDE = {"2b": 336, "7b": 336, "tiny": 56}  # pixels: 144 visual tokens an image, or 4
+LINUX = sys.platform == "linux"
+
+
+# ---- models and batches (tests/benchmark.py uses them as well) -----------------------------------
 
 
 def build(shape, keep, device, dtype):
     """A PUMA with random weights and `keep` decoder layers of a shape, made on the device."""
-    hidden, mlp, heads, kv_heads, vocabulary, (depth, width, vision_heads), _ = SHAPES[shape]
+    hidden, mlp, heads, kv_heads, vocabulary, (depth, width, vision_heads), _ = shape
     toy = AutoConfig.from_pretrained(TOY)
     half = hidden // heads // 2  # of a head's width: M-RoPE shares it 2 : 3 : 3
     config = Qwen2VLConfig(
@@ -85,8 +92,8 @@ def build(shape, keep, device, dtype):
     return PUMA(backbone, tokenizer, processor).to(device)
 
 
-def make_pairs(count, side):
-    """As `TrainSet` gives them: text queries, images with a text as targets."""
+def make_items(count, side):
+    """`count` queries, texts with an instruction, and as many targets, images with a text."""
     rng = random.Random(0)
     words = "plain red old river house near the hill with people who walk in snow".split()
     images = [Image.effect_noise((side, side), 90).convert("RGB") for _ in range(min(count, 16))]
@@ -94,64 +101,78 @@ def make_pairs(count, side):
     def text(length):
         return " ".join(rng.choices(words, k=length))
 
-    return {
-        "queries": [{"text": text(20), "image": None, "instruction": "Find a picture of the event."}
-                    for _ in range(count)],
-        "targets": [{"text": text(10), "image": images[i % len(images)]} for i in range(count)],
-        "modality": torch.full((count,), 2), "target_keys": torch.arange(count),
-        "positive_keys": [[i] for i in range(count)],
-    }
+    return ([{"text": text(20), "image": None, "instruction": "Find a picture of the event."}
+             for _ in range(count)],
+            [{"text": text(10), "image": images[i % len(images)]} for i in range(count)])
 
 
-def seconds_of(step, device, runs):
-    """Median seconds of a call, after one to warm up."""
-    times = []
-    for _ in range(runs + 1):
-        started = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return sorted(times[1:])[(runs - 1) // 2]
+def ready_batch(student, config, queries, targets):
+    """The pairs as a training step takes them, on the student's device, of one modality."""
+    count = len(queries)
+    pairs = {"queries": queries, "targets": targets, "modality": torch.zeros(count).long(),
+             "target_keys": torch.arange(count), "positive_keys": [[i] for i in range(count)]}
+    return move(Batcher(student, config)(pairs), student.device)
 
 
-def operations(step):
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # can be counted
-        step()
-    return counter.get_total_flops()
+# ---- measuring -----------------------------------------------------------------------------------
 
 
-class Memory:
-    """Around some work: `.gib` is the most memory that it had allocated on a GPU, as a text."""
-
-    def __init__(self, device):
-        self.device, self.gib = device, "-"
-
-    def __enter__(self):
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return self
-
-    def __exit__(self, *_):
-        if self.device.type == "cuda":
-            self.gib = f"{torch.cuda.max_memory_allocated(self.device) / 2**30:.1f}"
+def seconds_of(*functions, runs=3):
+    """The median time of each function, called in turn; one first call of each is not timed."""
+    free_for_real(1 << 25)  # the most that malloc itself would choose
+    times = [[] for _ in functions]
+    for run in range(runs + 1):
+        for function, own in zip(functions, times):
+            started = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            own += [time.perf_counter() - started] if run else []
+    return [statistics.median(own) for own in times]
 
 
-def training(student, pairs, chunk_size, device):
+def peak_memory(function, device):
+    """Bytes that `function()` takes at most, above what was there before: allocated on a GPU, else
+    resident, which Linux alone tells (elsewhere: 0)."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    if not LINUX:
+        function()
+        return 0
+    free_for_real(1 << 16)
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before goes back, so it is not reused
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before
+
+
+def resident(key):
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+
+def free_for_real(size):
+    """Blocks above `size` bytes go back to the system when freed; malloc keeps smaller ones."""
+    if LINUX:
+        ctypes.CDLL(None).mallopt(-3, size)  # M_MMAP_THRESHOLD
+
+
+def training(student, items, chunk_size):
     """-> a function of no arguments that does one optimizer step on the batch."""
-    config = Config(chunk_size=chunk_size)
-    batch = move(Batcher(student, config)(pairs), device)
+    config, device = Config(chunk_size=chunk_size), student.device
+    batch = ready_batch(student, config, *items)
     weights = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=device.type == "cuda")
+    step_of = large_batch_step if chunk_size else plain_step
     student.train()
-
-    def losses_of(states, teacher_states):
-        return stage_losses(states, teacher_states, batch, 2, 0.5, config)
 
     def step():
         optimizer.zero_grad()
         with autocast(device):
-            losses = training_step(student, None, batch, losses_of, chunk_size > 0)
+            losses = step_of(student, None, batch, 2, 0.5, config)
         optimizer.step()
         return losses
 
@@ -161,15 +182,13 @@ def training(student, pairs, chunk_size, device):
 def agreement(device):
     """Largest difference of embeddings, and of gradients relative to the largest, CPU and GPU."""
     torch.manual_seed(0)
-    ours = build("tiny", 4, torch.device("cpu"), torch.float32)
-    theirs = copy.deepcopy(ours).to(device)
-    pairs, results = make_pairs(6, SIDE["tiny"]), []
-    items = pairs["queries"] + pairs["targets"]
-    for model in (ours, theirs):
-        embeddings = model.encode(items, show_progress=False)
-        batch = move(Batcher(model, Config(chunk_size=4))(pairs), model.device)
-        losses_of = partial(stage_losses, batch=batch, stage=2, progress=0.5, config=Config())
-        training_step(model, None, batch, losses_of, grad_cache=True)
+    ours = build(SHAPES["tiny"], 4, torch.device("cpu"), torch.float32)
+    queries, targets = make_items(6, SIDE["tiny"])
+    config, results = Config(chunk_size=4), []
+    for model in (ours, copy.deepcopy(ours).to(device)):
+        embeddings = model.encode(queries + targets, show_progress=False)
+        batch = ready_batch(model, config, queries, targets)
+        large_batch_step(model, None, batch, 2, 0.5, config)
         results.append((embeddings, {name: weight.grad.cpu() for name, weight
                                      in model.named_parameters() if weight.grad is not None}))
     (one, ours), (other, theirs) = results
@@ -179,66 +198,77 @@ def agreement(device):
     return float((one - other).abs().max()), worst
 
 
+def no_peft():
+    """What is missing where peft is not installed, else ""."""
+    return "" if importlib.util.find_spec("peft") else "LoRA needs peft: pip install peft"
+
+
 def measure(args, device, keep, peak):
-    """One row of the table, as a dict."""
-    student = build(args.shape, keep, device, torch.float32 if args.shape != "7b" else None)
-    if args.shape == "7b":  # all weights in float32 with their moments would take 120 GB
-        student = student.to(torch.bfloat16)
-        add_lora(student, 128, 256)
-    pairs = make_pairs(args.pairs, SIDE[args.shape])
-    few = {key: value[:4] for key, value in pairs.items()}
+    """One row of the table, as a dict; without what training takes if that needs peft."""
+    lora = args.shape == "7b"  # all weights in float32 with their moments would take 120 GB
+    student = build(SHAPES[args.shape], keep, device, torch.bfloat16 if lora else torch.float32)
+    if lora and not no_peft():
+        add_lora(find_decoder(student), 128, 256)
+    items = make_items(args.pairs, SIDE[args.shape])
     row = {"layers": keep, "parameters": sum(p.numel() for p in student.parameters())}
-    plain = operations(training(student, few, 0, device)) / 4
-    with Memory(device) as memory:
-        row["step_s"] = seconds_of(training(student, pairs, args.chunk_size, device), device,
-                                   args.steps)
-    row |= {"pairs_per_s": args.pairs / row["step_s"], "train_gib": memory.gib}
-    row["train_mfu"] = plain * row["pairs_per_s"] / peak
-    student.zero_grad()
+    if not (lora and no_peft()):
+        plain = count_flops(training(student, [part[:4] for part in items], 0)) / 4
+        step = training(student, items, args.chunk_size)
+        (row["step_s"],) = seconds_of(step, runs=args.steps)
+        row |= {"pairs_per_s": args.pairs / row["step_s"], "train_gib": gib(step, device)}
+        row["train_mfu"] = plain * row["pairs_per_s"] / peak
+        student.zero_grad()
     student = student.eval().to(torch.bfloat16 if device.type == "cuda" else torch.float32)
-    batch = move(Batcher(student, Config(chunk_size=args.chunk_size))(pairs), device)
+    batch = ready_batch(student, Config(chunk_size=args.chunk_size), *items)
 
+    @torch.no_grad()
     def encode():
-        with torch.inference_mode():
-            return [student(chunk) for chunk in batch["chunks"]]
+        return [student(chunk) for chunk in batch["chunks"]]
 
-    with Memory(device) as memory:
-        seconds = seconds_of(encode, device, args.steps)
-    flops = operations(encode) / (2 * args.pairs)
-    row |= {"items_per_s": 2 * args.pairs / seconds, "encode_gib": memory.gib, "flops": flops}
-    row["encode_mfu"] = flops * row["items_per_s"] / peak
+    (seconds,) = seconds_of(encode, runs=args.steps)
+    row |= {"items_per_s": 2 * args.pairs / seconds, "encode_gib": gib(encode, device)}
+    row["flops"] = count_flops(encode) / (2 * args.pairs)
+    row["encode_mfu"] = row["flops"] * row["items_per_s"] / peak
     return row
 
 
+def gib(function, device):
+    """GiB that are allocated on a GPU at most, the weights included, as a text; "-" on a CPU."""
+    if device.type != "cuda":
+        return "-"
+    peak_memory(function, device)
+    return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f}"
+
+
+FORMATS = {"layers": "d", "parameters": ",", "step_s": ".3f", "pairs_per_s": ".1f",
+           "train_mfu": ".0%", "train_gib": "s", "items_per_s": ".1f", "encode_mfu": ".0%",
+           "encode_gib": "s", "speed_up": ".2f", "flop_ratio": ".2f"}
+
+
 def table(rows):
+    """Markdown; "-" for what was not measured."""
     lines = ["| layers | parameters | step, s | pairs/s | MFU | GiB | encode items/s | MFU | GiB "
-             "| speed-up | FLOP ratio |", "|" + "---|" * 11]
+             "| speed-up | FLOP ratio |", "|" + "---|" * len(FORMATS)]
     full = rows[-1]
     for row in rows:
-        if "step_s" not in row:
-            lines.append(f"| {row['layers']} | out of memory |" + " |" * 9)
-            continue
-        ratios = ("-", "-")
-        if "flops" in full:
-            ratios = (f"{row['items_per_s'] / full['items_per_s']:.2f}",
-                      f"{full['flops'] / row['flops']:.2f}")
-        lines.append(
-            f"| {row['layers']} | {row['parameters']:,} | {row['step_s']:.3f} | "
-            f"{row['pairs_per_s']:.1f} | {row['train_mfu']:.0%} | {row['train_gib']} | "
-            f"{row['items_per_s']:.1f} | {row['encode_mfu']:.0%} | {row['encode_gib']} | "
-            f"{ratios[0]} | {ratios[1]} |")
+        if "flops" in row and "flops" in full:
+            row = {**row, "speed_up": row["items_per_s"] / full["items_per_s"],
+                   "flop_ratio": full["flops"] / row["flops"]}
+        cells = [f"{row[key]:{form}}" if key in row else "-" for key, form in FORMATS.items()]
+        lines.append(f"| {' | '.join(cells)} |" + row.get("note", ""))
     return lines
 
 
 def big_batch(shape, keep, pairs, chunk_size, rank, device):
     """One GradCache step with LoRA; -> a line of the report."""
-    student = build(shape, keep, device, None).to(torch.bfloat16)
-    add_lora(student, rank, 2 * rank, 0.1)
-    step = training(student, make_pairs(pairs, SIDE[shape]), chunk_size, device)
-    with Memory(device) as memory:
-        seconds = seconds_of(step, device, 1)
-    return (f"{shape}, {keep} layers, LoRA rank {rank}, {pairs} pairs, chunks of {chunk_size} "
-            f"items: {seconds:.2f} s a step, {memory.gib} GiB at most, loss "
+    what = f"{shape}, {keep} layers, LoRA rank {rank}, {pairs} pairs, chunks of {chunk_size} items"
+    if no_peft():
+        return f"{what}: not measured, {no_peft()}"
+    student = build(SHAPES[shape], keep, device, torch.bfloat16)
+    add_lora(find_decoder(student), rank, 2 * rank, 0.1)
+    step = training(student, make_items(pairs, SIDE[shape]), chunk_size)
+    (seconds,) = seconds_of(step, runs=1)
+    return (f"{what}: {seconds:.2f} s a step, {gib(step, device)} GiB at most, loss "
             f"{step()['loss'].item():.3f}")
 
 
@@ -278,9 +308,11 @@ def main():
         embedding, gradient = agreement(device)
         lines += [f"CPU and {device.type} agree: embeddings within {embedding:.1e}, gradients "
                   f"within {gradient:.1e} of the largest of each weight.", ""]
-        rows = [out_of_memory_is({"layers": keep}, measure, args, device, keep, peak)
-                for keep in layers]
+        rows = [out_of_memory_is({"layers": keep, "note": " out of memory"}, measure, args,
+                                 device, keep, peak) for keep in layers]
         lines += [*table(rows), ""]
+        if no_peft() and args.shape == "7b":
+            lines += [f"Training is not measured: {no_peft()}.", ""]
         big = ("tiny", 2, 10, 8, 4) if tiny else ("7b", 12, 600, 50, 128)
         lines.append(out_of_memory_is(f"{big}: out of memory", big_batch, *big, device))
     except ValueError as error:

@@ -10,6 +10,7 @@ import torch
 from conftest import MODEL
 
 from puma import PUMA
+from support.files import write_json
 from toy import ablation
 
 
@@ -76,8 +77,8 @@ def test_the_report_pairs_each_distillation_with_the_same_steps_without_a_teache
         for seed in range(2):
             better = settings in (taught, ablation.GROUPS["layers"]["2 layers, the last one kept"])
             local = 0.5 + 0.1 * seed + (0.03 + 0.01 * seed) * better
-            ablation.evaluate.write_json(ablation.result_path(tmp_path, settings, seed),
-                                         result(settings, seed, local, 0.1))
+            write_json(ablation.result_path(tmp_path, settings, seed),
+                       result(settings, seed, local, 0.1))
     docs = tmp_path / "docs"
     docs.mkdir()
     ablation.write_report(tmp_path, docs)
@@ -89,6 +90,15 @@ def test_the_report_pairs_each_distillation_with_the_same_steps_without_a_teache
     assert [run["seed"] for run in json.loads((docs / "ablation.json").read_text())][:2] == [0, 1]
     assert "## layers" in text and "## losses" not in text  # a group without results
     assert all((docs / name).exists() for name in ("ablation.png", "ablation_curves.png"))
+
+
+def test_a_report_without_results_leaves_the_docs_alone(tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "ablation.json").write_text("of five seeds")
+    with pytest.raises(FileNotFoundError, match="expected the results of runs, found none"):
+        ablation.write_report(tmp_path, docs)
+    assert (docs / "ablation.json").read_text() == "of five seeds"
 
 
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path, monkeypatch, capsys):

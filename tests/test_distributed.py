@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import MODEL, ROOT
 
-import distributed
 import train
 from data import Benchmark, TrainSet
 from puma import PUMA
+from support import distributed
 
 
 def free_port():
@@ -41,11 +41,9 @@ def gradients_of_one_step(data, stage, chunk_size):
     teacher = PUMA.from_pretrained(MODEL, keep_layers=3) if stage == 1 else None
     batch = train.Batcher(student, config)(pairs)
     assert batch["masked_duplicates"] > 0
-
-    def losses_of(states, teacher_states):
-        return train.stage_losses(states, teacher_states, batch, stage, 0.4, config)
-
-    losses = train.training_step(student, teacher, batch, losses_of, chunk_size > 0)
+    alone = distributed.world_size() == 1
+    step = train.plain_step if alone else train.large_batch_step
+    losses = step(student, teacher, batch, stage, 0.4, config)
     found = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
     return losses["loss"].item(), found
 
@@ -133,14 +131,16 @@ def test_a_dead_process_ends_the_others_with_a_clear_message(glyph_beir, tmp_pat
         for process in processes:
             process.kill()
     assert processes[0].returncode == 2
-    assert "rank 0 of 2: another process of this run has died" in error.splitlines()[-1]
+    assert "error: another process of this run has died" in error.splitlines()[-1]
     assert "Traceback" not in error
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
+def test_a_batch_that_cannot_be_shared_out_is_refused_also_when_resuming(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(ValueError, match="multiple of 4"):
-        train.prepare(train.Config(batch_size=7))
+    (tmp_path / "config.json").write_text('{"batch_size": 7}')
+    for config in (train.Config(batch_size=7), train.Config(resume=str(tmp_path))):
+        with pytest.raises(ValueError, match="--batch-size must be a multiple of 4 .*, got 7"):
+            train.prepare(config, torch.device("cpu"))
 
 
 def test_without_torchrun_gathering_is_the_identity_without_gradient():

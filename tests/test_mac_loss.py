@@ -39,132 +39,72 @@ def slow_losses(query, target, modality, tau, tau_hard, positive=None, duplicate
     return torch.stack(losses)
 
 
-def random_case(queries=5, targets=8, width=6, seed=0):
-    """float64 query, target; three modalities; positives in no order; some duplicates."""
-    random = torch.Generator().manual_seed(seed)
-    query = torch.randn(queries, width, dtype=torch.float64, generator=random, requires_grad=True)
-    target = torch.randn(targets, width, dtype=torch.float64, generator=random, requires_grad=True)
-    modality = torch.arange(targets) % 3
-    positive = torch.randperm(targets, generator=random)[:queries]
-    duplicate = torch.rand(queries, targets, generator=random) < 0.3
-    duplicate[0, positive[0]] = True  # a query's own positive always counts
-    return query, target, modality, positive, duplicate
+def random_case(queries, targets):
+    """float64 query (queries, 6) and target (targets, 6), modalities 0, 1, 2, 0, ..., and taus."""
+    random = torch.Generator().manual_seed(0)
+    query, target = (torch.randn(rows, 6, dtype=torch.float64, generator=random,
+                                 requires_grad=True) for rows in (queries, targets))
+    return query, target, torch.arange(targets) % 3, TAU, TAU_HARD
 
 
-def gradients(loss, *inputs):
-    return torch.autograd.grad(loss, inputs)
+def at_cosines(*cosines):
+    """One query, targets at these cosines to it, and the cosines, which the targets depend on."""
+    cosines = torch.tensor(cosines, dtype=torch.float64, requires_grad=True)
+    targets = torch.stack([cosines, (1 - cosines ** 2).sqrt()], dim=1)
+    return torch.tensor([[1.0, 0.0]]).double(), targets, cosines
+
+
+CASE = QUERY, TARGET, MODALITY, *_ = random_case(5, 8)
+POSITIVE = torch.tensor([6, 1, 3, 0, 4])
+DUPLICATE = torch.arange(40).reshape(5, 8) % 3 == 0  # (0, 6) as well: a positive always counts
+ALL = {"positive": POSITIVE, "duplicate": DUPLICATE, "intra_offset": 0.7}
 
 
 # ---- the equation --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("positive_temperature", ["hard", "base"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("columns", ["default", "given"])
-@pytest.mark.parametrize("intra_offset", [0.0, 0.7])
-def test_values_and_gradients_equal_a_double_loop(columns, masked, positive_temperature,
-                                                  intra_offset):
-    query, target, modality, positive, duplicate = random_case()
-    options = {"positive": positive if columns == "given" else None,
-               "duplicate": duplicate if masked else None,
-               "positive_temperature": positive_temperature, "intra_offset": intra_offset}
-    fast = mac_loss(query, target, modality, TAU, TAU_HARD, reduction="none", **options)
-    slow = slow_losses(query, target, modality, TAU, TAU_HARD, **options)
+@pytest.mark.parametrize("options", [
+    {}, {"positive": POSITIVE}, {"positive": torch.tensor([1, 0, 1, 1, 0])},
+    {"duplicate": DUPLICATE}, {"positive_temperature": "base"}, {"intra_offset": 0.7}, ALL,
+    ALL | {"positive_temperature": "base"},
+], ids=lambda options: " ".join(options) or "default")
+def test_values_and_gradients_equal_a_double_loop(options):
+    fast = mac_loss(*CASE, reduction="none", **options)
+    slow = slow_losses(*CASE, **options)
     assert fast.dtype == torch.float64
     torch.testing.assert_close(fast, slow, rtol=1e-12, atol=1e-12)
+    assert not options or (slow - slow_losses(*CASE)).abs().max() > 0.01
     weights = torch.arange(1.0, 6.0, dtype=torch.float64)  # unequal, so that rows cannot swap
-    for ours, reference in zip(gradients(fast @ weights, query, target),
-                               gradients(slow @ weights, query, target)):
-        torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(losses @ weights, (QUERY, TARGET))
+                                 for losses in (fast, slow)), rtol=1e-10, atol=1e-12)
 
 
-def test_the_two_readings_the_mask_and_the_columns_all_change_the_loss():
-    """So that the double-loop test above cannot pass by ignoring one of its arguments."""
-    query, target, modality, positive, duplicate = random_case()
-    options = [{}, {"positive": positive}, {"duplicate": duplicate},
-               {"positive_temperature": "base"}, {"intra_offset": 0.7}]
-    values = [mac_loss(query, target, modality, TAU, TAU_HARD, **o).item() for o in options]
-    values.append(mac_loss(query, target, modality, TAU, TAU).item())
-    assert len({round(value, 6) for value in values}) == len(values), values
-
-
-def free_similarities(queries, targets):
-    """Similarities that are free parameters: query i is the i-th axis, and a target's coordinates
-    are its similarities, plus one that makes its length 1 (so that normalising changes nothing)."""
-    random = torch.Generator().manual_seed(1)
-    similarity = torch.rand(queries, targets, dtype=torch.float64, generator=random) - 0.5
-    similarity.requires_grad_()
-    rest = (1 - similarity.square().sum(0)).sqrt()
-    target = torch.cat([similarity, rest[None]]).T
-    return similarity, torch.eye(queries, queries + 1).double(), target
-
-
-@pytest.mark.parametrize("positive_temperature", ["hard", "base"])
-def test_the_derivative_by_a_similarity_is_probability_over_temperature(positive_temperature):
-    similarity, query, target = free_similarities(3, 7)
-    modality = torch.tensor([0, 1, 0, 0, 1, 1, 2])
-    duplicate = torch.zeros(3, 7, dtype=torch.bool)
-    duplicate[0, 5] = duplicate[2, 3] = True
-    loss = mac_loss(query, target, modality, TAU, TAU_HARD, duplicate=duplicate, reduction="sum",
-                    positive_temperature=positive_temperature)
-    (derivative,) = gradients(loss, similarity)
-    for i in range(3):
-        tau = [TAU_HARD if modality[j] == modality[i] else TAU for j in range(7)]
-        if positive_temperature == "base":
-            tau[i] = TAU
-        terms = [0.0 if duplicate[i, j] else math.exp(similarity[i, j].item() / tau[j])
-                 for j in range(7)]
-        for j in range(7):
-            probability = terms[j] / sum(terms)
-            expected = (probability - (i == j)) / tau[j]
-            assert derivative[i, j].item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
-
-
-def test_gradcheck():
-    query, target, modality, positive, duplicate = random_case(3, 5, 3)
-
-    def loss(query, target):
-        return mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive,
-                        duplicate=duplicate, reduction="none")
-
-    assert torch.autograd.gradcheck(loss, (query, target))
+def test_the_derivative_by_a_similarity_is_probability_over_temperature():
+    query, target, cosines = at_cosines(0.5, 0.4, -0.1, 0.3)
+    loss = mac_loss(query, target, torch.tensor([1, 0, 1, 2]), TAU, TAU_HARD)
+    tau = torch.tensor([TAU_HARD, TAU, TAU_HARD, TAU]).double()
+    probability = torch.softmax(cosines / tau, dim=0)
+    expected = (probability - torch.tensor([1, 0, 0, 0])) / tau
+    torch.testing.assert_close(*torch.autograd.grad(loss, cosines), expected, rtol=1e-6, atol=0)
 
 
 # ---- known numbers and invariances ---------------------------------------------------------------
 
 def test_loss_equals_infonce_when_both_temperatures_agree():
-    query, target, modality, positive, _ = random_case()
-    ours = mac_loss(query, target, modality, TAU, TAU, positive=positive)
-    cosine = F.normalize(query, dim=1) @ F.normalize(target, dim=1).T
-    infonce = F.cross_entropy(cosine / TAU, positive)
+    ours = mac_loss(QUERY, TARGET, MODALITY, TAU, TAU, positive=POSITIVE)
+    cosine = F.normalize(QUERY, dim=1) @ F.normalize(TARGET, dim=1).T
+    infonce = F.cross_entropy(cosine / TAU, POSITIVE)
     torch.testing.assert_close(ours, infonce)
-    for mine, reference in zip(gradients(ours, query, target), gradients(infonce, query, target)):
-        torch.testing.assert_close(mine, reference)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (QUERY, TARGET))
+                                 for loss in (ours, infonce)))
 
 
-def test_loss_equals_infonce_at_the_hard_temperature_when_all_targets_share_a_modality():
-    query, target, _, positive, _ = random_case()
-    modality = torch.full((8,), 4)
-    ours = mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive)
-    cosine = F.normalize(query, dim=1) @ F.normalize(target, dim=1).T
-    torch.testing.assert_close(ours, F.cross_entropy(cosine / TAU_HARD, positive))
-
-
-@pytest.mark.parametrize("tau, tau_hard", [(0.03, 0.03), (0.03, 0.0182), (1.0, 0.1)])
-def test_loss_is_ln_n_when_every_similarity_is_zero_whatever_the_temperatures(tau, tau_hard):
-    query = torch.eye(3, 8).double()
-    target = torch.eye(8).double()[3:]  # five targets, orthogonal to every query
-    modality = torch.tensor([0, 1, 0, 1, 2])
-    for reading in ("hard", "base"):
-        losses = mac_loss(query, target, modality, tau, tau_hard, reduction="none",
-                          positive_temperature=reading)
-        torch.testing.assert_close(losses, torch.full((3,), math.log(5)).double())
-
-
-@pytest.mark.parametrize("tau, tau_hard", [(0.03, 0.03), (0.03, 0.0182), (1.0, 0.1)])
-def test_loss_is_ln_n_when_all_similarities_agree_within_one_modality(tau, tau_hard):
-    query, target = torch.ones(3, 4).double(), torch.ones(5, 4).double()
-    losses = mac_loss(query, target, torch.zeros(5).long(), tau, tau_hard, reduction="none")
-    torch.testing.assert_close(losses, torch.full((3,), math.log(5)).double())
+@pytest.mark.parametrize("reading", ["hard", "base"])
+def test_loss_is_ln_n_when_all_similarities_are_zero_whatever_the_temperatures(reading):
+    query, target, modality = torch.eye(3, 8), torch.eye(8)[3:], torch.tensor([0, 1, 0, 1, 2])
+    for tau, tau_hard in ((0.03, 0.03), (0.03, 0.0182), (1.0, 0.1)):
+        losses = mac_loss(query, target, modality, tau, tau_hard, positive_temperature=reading,
+                          reduction="none")
+        torch.testing.assert_close(losses, torch.full((3,), math.log(5)))
 
 
 def test_equal_similarities_across_modalities_give_ln_n_only_at_equal_temperatures():
@@ -177,196 +117,124 @@ def test_equal_similarities_across_modalities_give_ln_n_only_at_equal_temperatur
     assert apart.item() == pytest.approx(math.log(3 + 2 * math.exp(1 / 0.03 - 1 / 0.02)))
 
 
-def test_permuting_the_targets_with_their_labels_changes_nothing():
-    query, target, modality, positive, duplicate = random_case()
+def test_order_scale_and_the_names_of_the_modalities_do_not_matter():
     order = torch.tensor([6, 2, 7, 0, 5, 1, 4, 3])
-    options = {"reduction": "none"}
-    before = mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive,
-                      duplicate=duplicate, **options)
-    after = mac_loss(query, target[order], modality[order], TAU, TAU_HARD,
-                     positive=order.argsort()[positive], duplicate=duplicate[:, order], **options)
-    torch.testing.assert_close(before, after)
+    target = (TARGET * torch.logspace(-3, 3, 8).double()[:, None])[order]
+    modality = torch.tensor([7, -1, 100])[MODALITY[order]]  # only equality counts
+    changed = mac_loss(QUERY * 50, target, modality, TAU, TAU_HARD, duplicate=DUPLICATE[:, order],
+                       positive=order.argsort()[POSITIVE])
+    torch.testing.assert_close(changed, mac_loss(*CASE, positive=POSITIVE, duplicate=DUPLICATE))
 
 
-def test_the_scale_of_the_embeddings_and_the_names_of_the_modalities_do_not_matter():
-    query, target, modality, positive, _ = random_case()
-    before = mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive)
-    scale = torch.logspace(-3, 3, 8).double()[:, None]
-    names = torch.tensor([7, -1, 100])  # only equality counts
-    after = mac_loss(query * 50, target * scale, names[modality], TAU, TAU_HARD, positive=positive)
-    torch.testing.assert_close(before, after)
-
-
-def test_reductions_are_consistent():
-    query, target, modality, _, _ = random_case()
-    none, total, mean = (mac_loss(query, target, modality, TAU, TAU_HARD, reduction=reduction)
-                         for reduction in ("none", "sum", "mean"))
-    assert none.shape == (5,) and total.shape == mean.shape == ()
-    torch.testing.assert_close(none.sum(), total)
-    torch.testing.assert_close(none.mean(), mean)
-    torch.testing.assert_close(mac_loss(query, target, modality, TAU, TAU_HARD), mean)
+def test_the_default_is_the_mean_and_the_sum_is_the_sum_of_the_queries_losses():
+    losses = mac_loss(*CASE, reduction="none")
+    torch.testing.assert_close(mac_loss(*CASE), losses.mean())
+    torch.testing.assert_close(mac_loss(*CASE, reduction="mean"), losses.mean())
+    torch.testing.assert_close(mac_loss(*CASE, reduction="sum"), losses.sum())
 
 
 # ---- edges ---------------------------------------------------------------------------------------
 
-def test_one_query_with_one_target_has_loss_and_gradient_zero():
-    query, target, modality, _, _ = random_case(1, 1)
-    loss = mac_loss(query, target, modality, TAU, TAU_HARD)
+@pytest.mark.parametrize("queries, targets", [(1, 1), (0, 3)])
+def test_without_a_negative_or_without_a_query_loss_and_gradient_are_zero(queries, targets):
+    query, target, *rest = random_case(queries, targets)
+    loss = mac_loss(query, target, *rest)
     assert loss.item() == 0
-    assert all(g.abs().max() == 0 for g in gradients(loss, query, target))
+    assert all(g.eq(0).all() for g in torch.autograd.grad(loss, (query, target)))
 
 
-def test_one_query_with_several_targets_equals_the_loop():
-    query, target, modality, positive, duplicate = random_case(1, 8)
-    options = {"positive": positive, "duplicate": duplicate}
-    torch.testing.assert_close(
-        mac_loss(query, target, modality, TAU, TAU_HARD, **options),
-        slow_losses(query, target, modality, TAU, TAU_HARD, **options)[0],
-    )
-
-
-def test_several_queries_may_share_a_target():
-    query, target, modality, _, _ = random_case(5, 2)
-    positive = torch.tensor([1, 0, 1, 1, 0])
-    torch.testing.assert_close(
-        mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive, reduction="none"),
-        slow_losses(query, target, modality, TAU, TAU_HARD, positive),
-    )
-
-
-def test_a_querys_own_positive_is_never_left_out():
-    query, target, modality, positive, _ = random_case()
-    everything = torch.ones(5, 8, dtype=torch.bool)
-    losses = mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive,
-                      duplicate=everything, reduction="none")
-    assert losses.tolist() == [0.0] * 5  # the positive alone: probability 1, not 0 / 0
-    diagonal = torch.zeros(5, 8, dtype=torch.bool).scatter(1, positive[:, None], True)
-    marked = diagonal.clone()
-    torch.testing.assert_close(
-        mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive, duplicate=marked),
-        mac_loss(query, target, modality, TAU, TAU_HARD, positive=positive),
-    )
-    assert torch.equal(marked, diagonal)  # the caller's mask is left as it was
-
-
-def test_a_column_that_is_left_out_gets_no_gradient():
-    query, target, modality, _, _ = random_case()
-    duplicate = torch.zeros(5, 8, dtype=torch.bool)
-    duplicate[:, 6] = True
-    loss = mac_loss(query, target, modality, TAU, TAU_HARD, duplicate=duplicate)
-    (gradient,) = gradients(loss, target)
+def test_a_column_that_is_left_out_gets_no_gradient_and_a_positive_is_never_left_out():
+    sixth = torch.arange(8).expand(5, 8) == 6
+    (gradient,) = torch.autograd.grad(mac_loss(*CASE, duplicate=sixth), TARGET)
     assert gradient[6].abs().max() == 0 and gradient[7].abs().max() > 0
+    everything = torch.ones(5, 8, dtype=torch.bool)
+    losses = mac_loss(*CASE, positive=POSITIVE, duplicate=everything, reduction="none")
+    assert losses.tolist() == [0.0] * 5  # the positive alone: probability 1, not 0 / 0
+    assert everything.all()  # the caller's mask is left as it was
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_inputs_are_computed_in_float32(dtype, autocast):
-    query, target, modality, positive, _ = random_case()
-    half = [query.detach().to(dtype).requires_grad_(), target.detach().to(dtype)]
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        loss = mac_loss(*half, modality, 0.03, 0.02, positive=positive)
-    assert loss.dtype == torch.float32
-    same = mac_loss(*(x.detach().float() for x in half), modality, 0.03, 0.02, positive=positive)
-    torch.testing.assert_close(loss, same)  # only the inputs were rounded
-    (gradient,) = gradients(loss, half[0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_and_autocast_are_computed_in_float32(dtype):
+    query, target = QUERY.detach().to(dtype).requires_grad_(), TARGET.detach().to(dtype)
+    exact = slow_losses(query.double(), target.double(), *CASE[2:]).mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (query.float() @ target.float().T).dtype == torch.bfloat16  # it is really on
+        loss = mac_loss(query, target, *CASE[2:])
+    torch.testing.assert_close(loss, exact.float())  # only the inputs were rounded
+    (gradient,) = torch.autograd.grad(loss, query)
     assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.abs().max() > 0
 
 
-def test_autocast_does_not_round_the_similarities_of_float32_inputs():
-    query, target, modality, positive, _ = random_case()
-    query, target = query.detach().float(), target.detach().float()
-    with torch.autocast("cpu", torch.bfloat16):
-        assert (query @ query.T).dtype == torch.bfloat16  # autocast is really on
-        inside = mac_loss(query, target, modality, 0.03, 0.02, positive=positive)
-    outside = mac_loss(query, target, modality, 0.03, 0.02, positive=positive)
-    assert torch.equal(inside, outside)
+def test_positions_may_be_integers_of_any_width():
+    case, positive = random_case(5, 5), torch.tensor([3, 1, 0, 2, 1])
+    for dtype in (torch.uint8, torch.int32):  # five of five: uint8 could be taken for a mask
+        assert mac_loss(*case, positive=positive.to(dtype)) == mac_loss(*case, positive=positive)
 
 
-QUERY, TARGET, MODALITY = torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1, 0])
-MISTAKES = {
-    "widths differ": ({"target": torch.ones(3, 5)}, r"\(2, 4\) and \(3, 5\)"),
-    "query has one axis": ({"query": torch.ones(4)}, r"\(4,\) and \(3, 4\)"),
-    "target has three axes": ({"target": torch.ones(3, 4, 1)}, r"\(2, 4\) and \(3, 4, 1\)"),
-    "modality of the queries": ({"modality": torch.tensor([0, 1])}, r"3 integers.*\(2,\)"),
-    "modality of pairs": ({"modality": torch.zeros(2, 3).long()}, r"3 integers.*\(2, 3\)"),
-    "modality in floats": ({"modality": torch.zeros(3)}, r"\(3,\) torch.float32"),
-    "temperature zero": ({"temperature": 0.0}, r"> 0, got 0.0 and 0.02"),
-    "temperature negative": ({"temperature": -0.5}, r"> 0, got -0.5 and 0.02"),
-    "hard temperature zero": ({"hard_temperature": 0.0}, r"> 0, got 0.03 and 0.0"),
-    "temperature not a number": ({"temperature": math.nan}, r"> 0, got nan and 0.02"),
-    "too few targets": ({"target": torch.ones(1, 4), "modality": torch.tensor([0])},
-                        r"2 queries but only 1 targets"),
-    "positive too short": ({"positive": torch.tensor([0])}, r"2 integers.*\(1,\)"),
-    "positive in floats": ({"positive": torch.tensor([0.0, 1.0])}, r"\(2,\) torch.float32"),
-    "positive too large": ({"positive": torch.tensor([1, 3])}, r"0\.\.2, got 1\.\.3"),
-    "positive negative": ({"positive": torch.tensor([-1, 2])}, r"0\.\.2, got -1\.\.2"),
-    "duplicate transposed": ({"duplicate": torch.zeros(3, 2).bool()}, r"\(2, 3\) bool.*\(3, 2\)"),
-    "duplicate in integers": ({"duplicate": torch.zeros(2, 3).int()}, r"\(2, 3\) torch.int32"),
-    "unknown reading": ({"positive_temperature": "soft"}, r"'hard' or 'base', got 'soft'"),
-    "unknown reduction": ({"reduction": "max"}, r"'mean' or 'sum' or 'none', got 'max'"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_value_error_names_the_offending_value(mistake):
-    good = {"query": QUERY, "target": TARGET, "modality": MODALITY, "temperature": 0.03,
-            "hard_temperature": 0.02}
-    mac_loss(**good)  # the rest of the call is right
-    bad, message = MISTAKES[mistake]
+@pytest.mark.parametrize("bad, message", [
+    ({"target": torch.ones(3, 5)}, r"\(2, 4\) and \(3, 5\)"),
+    ({"query": torch.ones(4)}, r"\(4,\) and \(3, 4\)"),
+    ({"modality": torch.tensor([0, 1])}, r"modality must be 3 integers.*\(2,\)"),
+    ({"modality": torch.zeros(3)}, r"\(3,\) torch.float32"),
+    ({"temperature": 0.0}, r"> 0, got 0.0 and 0.02"),
+    ({"temperature": math.inf}, r"finite and > 0, got inf and 0.02"),
+    ({"tau_hard": 0.0}, r"> 0, got 0.03 and 0.0"),
+    ({"tau_hard": math.inf}, r"finite and > 0, got 0.03 and inf"),
+    ({"positive": torch.tensor([0])}, r"positive must be 2 integers.*\(1,\)"),
+    ({"positive": torch.tensor([1, 3])}, r"0\.\.2, .*got 1\.\.3"),
+    ({"positive": torch.tensor([-1, 2])}, r"0\.\.2, .*got -1\.\.2"),
+    ({"duplicate": torch.zeros(3, 2).bool()}, r"\(2, 3\) bool.*\(3, 2\)"),
+    ({"duplicate": torch.zeros(2, 3).int()}, r"\(2, 3\) torch.int32"),
+    ({"positive_temperature": "soft"}, "hard, base, got 'soft'"),
+    ({"reduction": "max"}, "mean, sum, none, got 'max'"),
+])
+def test_a_value_error_names_the_offending_value(bad, message):
+    good = {"query": torch.ones(2, 4), "target": torch.ones(3, 4), "temperature": 0.03,
+            "modality": torch.tensor([0, 1, 0]), "tau_hard": 0.02}
+    mac_loss(**good)
     with pytest.raises(ValueError, match=message):
         mac_loss(**good | bad)
 
 
 # ---- the schedule --------------------------------------------------------------------------------
 
-def test_hard_temperature_starts_at_the_temperature_and_ends_halfway():
+def test_hard_temperature_starts_at_the_temperature_falls_and_ends_halfway():
     assert hard_temperature(0.03, 0.0) == 0.03
     assert hard_temperature(0.03, 0.25) == pytest.approx(0.03 * math.exp(-0.25))
-    end = 0.03 * math.exp(-0.5)
-    for progress in (0.5, 0.6, 0.99, 1.0):
-        assert hard_temperature(0.03, progress) == end
-    assert end == pytest.approx(0.0182, abs=5e-5)  # the paper's number
+    values = [hard_temperature(0.03, step / 100) for step in range(101)]
+    assert all(before > after for before, after in zip(values[:50], values[1:]))
+    assert set(values[50:]) == {0.03 * math.exp(-0.5)}
+    assert values[50] == pytest.approx(0.0182, abs=5e-5)  # the paper's number
     assert hard_temperature(0.05, 0.5, decay=2.0) == pytest.approx(0.05 * math.exp(-2))
     assert hard_temperature(0.05, 0.5, decay=0.0) == 0.05
 
 
-def test_hard_temperature_falls_without_a_jump():
-    values = [hard_temperature(0.03, step / 1000) for step in range(1001)]
-    steps = [before - after for before, after in zip(values, values[1:])]
-    assert all(step > 0 for step in steps[:500]) and all(step == 0 for step in steps[500:])
-    assert max(steps) < 4e-5
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ((0.0, 0.5), "got 0.0"), ((-1.0, 0.5), "got -1.0"), ((0.03, -0.1), "got -0.1"),
-    ((0.03, 1.5), "got 1.5"), ((0.03, math.nan), "got nan"), ((0.03, 0.5, -2.0), "got .*-2.0"),
-])
-def test_a_schedule_out_of_range_is_an_error_that_names_the_value(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        hard_temperature(*arguments)
+def test_a_schedule_out_of_range_is_an_error_that_names_the_value():
+    for *arguments, got in ((0.0, 0.5, "got 0.0"), (math.inf, 0.5, "got inf"),
+                            (0.03, -0.1, "got -0.1"), (0.03, 1.5, "got 1.5"),
+                            (0.03, 0.5, -2.0, "and -2.0"), (0.03, 0.5, math.inf, "and inf")):
+        with pytest.raises(ValueError, match=got):
+            hard_temperature(*arguments)
 
 
 # ---- method.md, section 5 ------------------------------------------------------------------------
 
 def test_row_1_the_positive_gets_the_hard_temperature_unless_base_is_asked_for():
-    similarity, query, target = free_similarities(1, 2)
+    query, target, _ = at_cosines(0.5, 0.4)
     modality = torch.tensor([0, 1])  # no intra-modality negative: tau_hard is the positive's alone
-    positive, negative = similarity[0].tolist()
-    for reading, tau in (("hard", TAU_HARD), ("base", TAU)):
-        loss = mac_loss(query, target, modality, TAU, TAU_HARD, positive_temperature=reading)
-        assert loss.item() == pytest.approx(math.log1p(math.exp(negative / TAU - positive / tau)))
-    default = mac_loss(query, target, modality, TAU, TAU_HARD)
-    assert default == mac_loss(query, target, modality, TAU, TAU_HARD, positive_temperature="hard")
-    assert default != mac_loss(query, target, modality, TAU, TAU_HARD, positive_temperature="base")
+    for options, tau in (({}, TAU_HARD), ({"positive_temperature": "hard"}, TAU_HARD),
+                         ({"positive_temperature": "base"}, TAU)):
+        loss = mac_loss(query, target, modality, TAU, TAU_HARD, **options)
+        assert loss.item() == pytest.approx(math.log1p(math.exp(0.4 / TAU - 0.5 / tau)))
 
 
 def test_row_2_an_image_with_text_is_another_modality_than_an_image():
-    names = ["image", "text", "image,text", "video", "image"]
+    names, cosines = ["image", "text", "image,text", "video", "image"], [0.5, 0.4, 0.1, -0.3, 0.2]
+    query, target, _ = at_cosines(*cosines)
     modality = torch.tensor([sorted(set(names)).index(name) for name in names])
-    similarity, query, target = free_similarities(1, 5)
     loss = mac_loss(query, target, modality, TAU, TAU_HARD)
-    taus = [TAU_HARD if name == "image" else TAU for name in names]
-    terms = [math.exp(s / tau) for s, tau in zip(similarity[0].tolist(), taus)]
+    terms = [math.exp(cosine / (TAU_HARD if name == "image" else TAU))
+             for name, cosine in zip(names, cosines)]
     assert loss.item() == pytest.approx(-math.log(terms[0] / sum(terms)))
 
 
@@ -379,26 +247,23 @@ def test_row_3_the_official_rounding_gives_thirteen_temperatures_and_ours_none()
 
 
 def test_row_4_only_the_query_to_candidate_direction_counts():
-    query, target, modality, _, _ = random_case(5, 5)
-    together = mac_loss(query, target, modality, TAU, TAU_HARD, reduction="none")
+    query, target, *rest = random_case(5, 5)
+    together = mac_loss(query, target, *rest, reduction="none")
     for i in range(5):  # a query's loss does not know the other queries
-        alone = mac_loss(query[i : i + 1], target, modality, TAU, TAU_HARD,
-                         positive=torch.tensor([i]))
+        alone = mac_loss(query[i : i + 1], target, *rest, positive=torch.tensor([i]))
         torch.testing.assert_close(together[i], alone)
-    swapped = mac_loss(target, query, modality, TAU, TAU_HARD)
+    swapped = mac_loss(target, query, *rest)
     assert abs(swapped - together.mean()) > 1e-3  # the other direction would have been seen
 
 
 def test_row_5_another_copy_of_the_target_is_a_negative_unless_it_is_masked():
-    query, target, modality, _, _ = random_case(3, 4)
-    target = torch.cat([target, target[:1]])  # column 4 repeats the target of query 0
-    modality = torch.cat([modality, modality[:1]])
+    query, target, modality, *taus = random_case(3, 4)
+    copied = torch.cat([target, target[:1]]), torch.cat([modality, modality[:1]])  # into column 4
     duplicate = torch.zeros(3, 5, dtype=torch.bool)
     duplicate[0, 4] = True
-    official = mac_loss(query, target, modality, TAU, TAU_HARD, reduction="none")
-    masked = mac_loss(query, target, modality, TAU, TAU_HARD, reduction="none",
-                      duplicate=duplicate)
-    without = mac_loss(query, target[:4], modality[:4], TAU, TAU_HARD, reduction="none")
+    official, masked = (mac_loss(query, *copied, *taus, reduction="none", duplicate=mask)
+                        for mask in (None, duplicate))
+    without = mac_loss(query, target, modality, *taus, reduction="none")
     torch.testing.assert_close(masked[0], without[0])
     assert official[0] > masked[0]
     torch.testing.assert_close(official[1:], masked[1:])  # for the others it is a plain negative

@@ -1,16 +1,18 @@
 """The model: what it reads, where it reads it, and that the stock classes agree."""
 
+import contextlib
 import copy
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import MODEL
 from PIL import Image
-from transformers import Qwen2VLForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
-from items import load_image
-from puma import PUMA, RET
+from puma import PUMA, RET, _add_ret_token
 
 
 def picture(seed=0, size=(56, 56)):
@@ -80,12 +82,16 @@ def test_row_12_nothing_follows_ret_and_the_prompt_names_what_is_there(puma):
 def test_row_10_positions_are_the_stock_mrope_for_any_image_shape(puma, size):
     puma.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 300 * 28 * 28}
     batch = puma.collate([{"image": picture(size=size), "text": "what is it?"}, "short"])
-    stock = stock_inputs(batch, puma.backbone.config)
-    expected, _ = puma.backbone.get_rope_index(
-        batch["input_ids"], stock["mm_token_type_ids"], image_grid_thw=batch["grid_thw"],
-        attention_mask=batch["attention_mask"])
-    real = batch["attention_mask"].bool()
-    assert torch.equal(batch["position_ids"][:, real], expected[:, real])
+    ids, (_, height, width) = batch["input_ids"], batch["grid_thw"][0].tolist()
+    expected, start = [], len(puma.before_ids) + 1  # + <|vision_start|>
+    expected += [(i, i, i) for i in range(start)]
+    expected += [(start, start + row, start + column)
+                 for row in range(height // 2) for column in range(width // 2)]
+    after = start + max(height, width) // 2
+    expected += [(after + i,) * 3 for i in range(ids.shape[1] - len(expected))]
+    assert batch["position_ids"][:, 0].T.tolist() == [list(position) for position in expected]
+    length = batch["attention_mask"][1].sum()  # a text counts from 0, after its padding
+    assert torch.equal(batch["position_ids"][:, 1, -length:], torch.arange(length).expand(3, -1))
 
 
 def test_a_video_fills_both_halves_of_a_patch_with_successive_frames(puma):
@@ -131,18 +137,16 @@ def test_encode_returns_input_order_whatever_the_batching(puma):
     assert puma.encode([], show_progress=False).shape == (0, 128)
 
 
-def test_encode_takes_texts_pictures_paths_and_dictionaries(puma, tmp_path):
+def test_encode_takes_one_item_or_several_texts_pictures_paths_and_dictionaries(puma, tmp_path):
     path = tmp_path / "glyph.png"
     picture(5).save(path)
     same = [picture(5), path, {"image": path}, {"image": str(path)}, {"image": picture(5)}]
     vectors = puma.encode(same, show_progress=False)
     torch.testing.assert_close(vectors, vectors[:1].expand(5, -1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(puma.encode(path), vectors[0], atol=1e-5, rtol=0)  # one item: (D,)
+    assert puma.encode("a red square").shape == puma.encode({"text": "a"}).shape == (128,)
     with pytest.raises(ValueError, match="empty item"):
         puma.encode([""])
-    with pytest.raises(ValueError, match="unknown keys"):
-        puma.encode([{"txt": "a"}])
-    with pytest.raises(ValueError, match="int"):
-        puma.encode([{"image": 3}])
 
 
 def test_only_decoder_layers_final_norm_and_the_ret_row_are_trained(puma):
@@ -156,14 +160,10 @@ def test_only_decoder_layers_final_norm_and_the_ret_row_are_trained(puma):
 
 
 def test_ret_only_last_layer_gives_the_plain_states_and_gradients(puma, monkeypatch):
-    import contextlib
-
-    import puma as module
-
     batch = puma.collate(ITEMS)
     fast = puma(batch)
     gradient = torch.autograd.grad(fast.square().sum(), puma.ret_embedding)[0]
-    monkeypatch.setattr(module, "_last_token_only", lambda layer: contextlib.nullcontext())
+    monkeypatch.setattr("puma._last_token_only", contextlib.nullcontext)
     plain = puma(batch)
     torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-5)
     expected = torch.autograd.grad(plain.square().sum(), puma.ret_embedding)[0]
@@ -188,15 +188,55 @@ def test_row_13_a_saved_model_loads_with_the_stock_class_and_gives_the_same_stat
         torch.testing.assert_close(hidden, pruned(batch), atol=1e-5, rtol=1e-5)
 
 
-def test_a_save_that_fails_leaves_the_old_folder_alone(puma, tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "old").write_text("old")
-    monkeypatch.setattr(puma, "_card", lambda: 1 / 0)
+def test_a_saved_model_is_loaded_with_the_limits_it_was_trained_with(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(MODEL, base)
+    processor = json.loads((base / "preprocessor_config.json").read_text())
+    processor["size"] = {"shortest_edge": 56 * 56, "longest_edge": 10**6}
+    (base / "preprocessor_config.json").write_text(json.dumps(processor))
+    items = [picture(size=(900, 900)), "a b c d e f g h i j k l m n o p q r s t u v w x y z"]
+
+    def tokens(model):  # visual ones of the picture, all of the text
+        batch = model.collate(items)
+        visual = (batch["input_ids"][0] == model.backbone.config.image_token_id).sum().item()
+        return visual, batch["attention_mask"][1].sum().item()
+
+    trained = PUMA.from_pretrained(base, 1, max_visual_tokens=500, max_text_tokens=20)
+    trained.save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model/config.json").read_text())
+    assert saved["puma"] == {"max_visual_tokens": 500, "max_text_tokens": 20}
+    again = PUMA.from_pretrained(tmp_path / "model")
+    assert tokens(again) == tokens(trained) and 300 < tokens(again)[0] <= 500
+    torch.testing.assert_close(again.encode(items), trained.encode(items), atol=1e-5, rtol=1e-5)
+    paper = tokens(PUMA.from_pretrained(base, 1))  # nothing was trained: 300 and 450
+    assert 200 < paper[0] <= 300 and paper[1] > tokens(again)[1]
+    smaller = PUMA.from_pretrained(tmp_path / "model", max_visual_tokens=9)
+    assert tokens(smaller)[0] <= 9 and smaller.max_text_tokens == 20
+
+
+def test_saving_never_overwrites_a_folder_and_a_failed_save_leaves_nothing(
+        puma, tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    with pytest.raises(FileExistsError, match="old exists: choose another folder"):
+        puma.save_pretrained(tmp_path / "old")
+    monkeypatch.setattr(puma.tokenizer, "save_pretrained", lambda folder: 1 / 0)  # a full disk
     with pytest.raises(ZeroDivisionError):
-        puma.save_pretrained(folder)
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
-    assert (folder / "old").exists()
+        puma.save_pretrained(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_weights_that_are_not_the_configs_are_refused_by_name(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "layers.1.mlp.up_proj" in name)
+    renamed = {key if key != name else "odd.weight": value for key, value in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"not those of its config\.json: 2 .*layers\.1"):
+        PUMA.from_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match=r"cannot load .*model: "):
+        PUMA.from_pretrained(folder)
 
 
 def test_keep_layers_out_of_range_and_incomplete_folders_are_named(tmp_path):
@@ -208,13 +248,12 @@ def test_keep_layers_out_of_range_and_incomplete_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_text((MODEL / "config.json").read_text())
     with pytest.raises(ValueError, match=r"expected .*tokenizer\.json"):
         PUMA.from_pretrained(tmp_path)
+    (tmp_path / "model").mkdir()  # a run folder: the model is one deeper
+    with pytest.raises(ValueError, match="did you mean .*model"):
+        PUMA.from_pretrained(tmp_path)
 
 
 def test_ret_is_added_to_a_tokenizer_without_it_and_its_row_is_usable():
-    from transformers import AutoTokenizer
-
-    from puma import _add_ret_token
-
     base = PUMA.from_pretrained(MODEL, keep_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -229,26 +268,3 @@ def test_ret_is_added_to_a_tokenizer_without_it_and_its_row_is_usable():
     model = PUMA(backbone, tokenizer, base.image_processor)
     assert model.ret_id < backbone.get_input_embeddings().num_embeddings <= rows + 1
     assert model.encode(["a"], show_progress=False).isfinite().all()
-
-
-def test_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, puma):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"\x89PNG not really")
-    with pytest.raises(ValueError, match=r"cannot read image .*broken\.png"):
-        puma.encode([{"image": broken}], show_progress=False)
-    with pytest.raises(ValueError, match=r"cannot read image .*missing\.png"):
-        load_image(tmp_path / "missing.png")
-    picture(0).save(tmp_path / "cut.png")
-    data = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"cut\.png"):
-        load_image(tmp_path / "cut.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 56 * 56 - 1)
-    picture(0).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match=r"large\.png: 56 x 56 pixels are too many"):
-        load_image(tmp_path / "large.png")
-
-
-def test_transparent_pixels_become_white():
-    image = load_image(Image.new("RGBA", (4, 4), (0, 0, 0, 0)))
-    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)

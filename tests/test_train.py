@@ -1,33 +1,44 @@
-"""The training step, the schedule of the stages, resuming, and a miniature of the main job."""
+"""Settings, the two training steps, LoRA, resuming, and a miniature of the main job."""
 
-import copy
-import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from conftest import MODEL, ROOT
+from safetensors.torch import load_file, save_file
 
+import settings
 import train
 from data import Benchmark, TrainSet
-from evaluate import Embedded, score
+from evaluate import Embedded
 from mac_loss import mac_loss
 from prune_distill import find_decoder
 from puma import PUMA
+from support.lora import add_lora, set_dropout
+from support.report import score
 
+CPU = torch.device("cpu")
 SMALL = {"batch_size": 12, "stage1_steps": 3, "stage2_steps": 5, "workers": 0}
 
 
 @pytest.fixture(scope="module")
-def batch(glyph_beir):
+def pairs(glyph_beir):
+    return TrainSet(Benchmark(glyph_beir), 12, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def batch(pairs):
     """(config, training batch of 12 pairs in chunks of 7 items)."""
-    config = train.Config(**{**SMALL, "chunk_size": 7})
-    pairs = TrainSet(Benchmark(glyph_beir), 12, 1)[0]
+    config = train.Config(**SMALL, model=str(MODEL), chunk_size=7)
     return config, train.Batcher(PUMA.from_pretrained(MODEL, 2), config)(pairs)
 
 
@@ -35,54 +46,116 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("grad_cache", [False, True])
-def test_row_16_gradcache_gives_the_gradients_of_the_big_batch(batch, stage, grad_cache):
-    config, batch = batch
-    teacher = PUMA.from_pretrained(MODEL).requires_grad_(False) if stage == 1 else None
-
-    def losses_of(states, teacher_states):
-        return train.stage_losses(states, teacher_states, batch, stage, 0.4, config)
-
-    plain = PUMA.from_pretrained(MODEL, keep_layers=2)  # one graph from the weights to the loss
-    states = torch.cat([plain(chunk) for chunk in batch["chunks"]])[batch["order"]]
-    teacher_states = None
-    if teacher is not None:
-        teacher_states = torch.cat([teacher(chunk) for chunk in batch["chunks"]])[batch["order"]]
-    loss = losses_of(states, teacher_states)["loss"]
-    loss.backward()
-    student = PUMA.from_pretrained(MODEL, keep_layers=2)
-    losses = train.training_step(student, teacher, batch, losses_of, grad_cache)
-    assert losses["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-    found, expected = gradients(student), gradients(plain)
-    assert found.keys() == expected.keys()
+def assert_equal_gradients(found, expected):
+    assert found.keys() == expected.keys() and len(found) > 20
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
+def test_a_preset_changes_defaults_and_any_field_overrides_it():
+    chosen = settings.parse(["--preset", "paper-7b", "--keep-layers", "8"])
+    assert chosen.model == "Qwen/Qwen2-VL-7B-Instruct" and chosen.keep_layers == 8
+    paper = {"batch_size": 600, "stage1_batch_size": 288, "lr": 3e-4, "stage1_lr": 2e-4,
+             "lora_rank": 128, "lora_alpha": 256, "lora_dropout": 0.1, "stage1_lora_dropout": 0.05,
+             "stage1_temperature": 0.05, "temperature": 0.03, "decay": 0.5, "warmup": 0.03,
+             "weight_decay": 0, "max_visual_tokens": 300, "max_text_tokens": 450,
+             "distill_weight": 0.1}
+    assert {name: getattr(chosen, name) for name in paper} == paper
+    assert settings.parse([]) == train.Config()
+    # Stage 1 has its own values where they are given.
+    assert [chosen.of_stage(stage, "batch_size") for stage in (1, 2)] == [288, 600]
+    assert [train.Config(lr=1e-3).of_stage(stage, "lr") for stage in (1, 2)] == [1e-3, 1e-3]
+
+
+def test_help_shows_every_setting_with_its_reason_and_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        settings.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(train.Config):
+        assert f"--{field.name.replace('_', '-')}" in text and len(field.metadata["help"]) > 10
+    for name, preset in settings.PRESETS.items():
+        assert f"{name}:" in text
+        assert all(f"{key}={value}" in text for key, value in preset.items())
+
+
+@pytest.mark.parametrize("field, value", [
+    ("batch_size", 0), ("lr", -1.0), ("temperature", 0.0), ("stage1_steps", -3),
+    ("temperature", float("nan")), ("lr", float("inf")), ("warmup", 1.5), ("distill_weight", 2.0),
+    ("lora_dropout", 1.0), ("keep_checkpoints", 0)])
+def test_a_setting_out_of_range_is_named_with_its_value(field, value):
+    with pytest.raises(ValueError) as error:
+        train.Config(**{field: value}).check()
+    assert f"--{field.replace('_', '-')} must be" in str(error.value)
+    assert str(value) in str(error.value)
+    train.Config(warmup=1, distill_weight=1, stage1_steps=0, lora_dropout=0).check()
+
+
+# ---- losses and steps ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("chunk_size", [0, 7])
+def test_row_16_gradcache_gives_the_losses_and_gradients_of_the_plain_step(
+        batch, stage, chunk_size):
+    config, batch = batch
+    teacher = PUMA.from_pretrained(MODEL).requires_grad_(False) if stage == 1 else None
+    # The slow reference: one graph from the weights to the loss, no visual tokens shared.
+    slow = PUMA.from_pretrained(MODEL, keep_layers=2)
+    states = [None if model is None else torch.cat(
+        [model(chunk) for chunk in batch["chunks"]])[batch["order"]] for model in (slow, teacher)]
+    losses = [train.stage_losses(*states, batch, stage, 0.4, config)]
+    losses[0]["loss"].backward()
+    for step in (train.plain_step, train.large_batch_step):
+        student = PUMA.from_pretrained(MODEL, keep_layers=2)
+        options = replace(config, chunk_size=chunk_size)
+        losses.append(step(student, teacher, batch, stage, 0.4, options))
+        assert_equal_gradients(gradients(student), gradients(slow))
+    slow, plain, large = ({name: float(torch.as_tensor(value).detach()) for name, value in
+                           found.items() if value is not None} for found in losses)
+    assert slow == pytest.approx(plain, rel=1e-6) and slow == pytest.approx(large, rel=1e-6)
+    assert ("distill" in slow) == (stage == 1)
 
 
 def test_gradcache_repeats_the_dropout_of_the_first_pass(batch):
     config, batch = batch
     found = []
-    for grad_cache in (False, True):
+    for step in (train.plain_step, train.large_batch_step):
         student = PUMA.from_pretrained(MODEL, keep_layers=2).train()
-        for layer in student.backbone.language_model.layers:
+        for layer in find_decoder(student).layers:
             layer.mlp.down_proj = torch.nn.Sequential(layer.mlp.down_proj, torch.nn.Dropout(0.5))
         torch.manual_seed(7)
+        step(student, None, batch, 2, 0.4, config)
+        found.append((gradients(student), torch.rand(1)))
+    assert_equal_gradients(found[1][0], found[0][0])
+    assert found[0][1] == found[1][1]  # the next step's dropout is the plain step's as well
 
-        def losses_of(states, teacher_states):
-            return train.stage_losses(states, teacher_states, batch, 2, 0.4, config)
 
-        train.training_step(student, None, batch, losses_of, grad_cache)
-        found.append(gradients(student))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], atol=1e-4, rtol=1e-4)
+def test_gradcache_keeps_the_graph_of_one_chunk_at_a_time(batch):
+    config, batch = batch
+    student = PUMA.from_pretrained(MODEL, keep_layers=2)
+    running, most = [0], [0]  # outputs of an inner module that are alive
+
+    def forward(_module, _inputs, output):
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        weakref.finalize(output, lambda: running.__setitem__(0, running[0] - 1))
+
+    find_decoder(student).layers[0].mlp.gate_proj.register_forward_hook(forward)
+    peaks = []
+    for step in (train.large_batch_step, train.plain_step):
+        most[0] = 0
+        step(student, None, batch, 2, 0.4, config)
+        peaks.append(most[0])
+    assert len(batch["chunks"]) == 4 and peaks[0] < peaks[1]
 
 
 def test_row_7_distillation_compares_states_as_they_are_query_and_target_summed(batch):
     config, batch = batch
     student, teacher = torch.randn(24, 16), torch.randn(24, 16)
     found = [train.stage_losses(student, teacher, batch, 1, 0, options)["distill"].item()
-             for options in (config, dataclasses.replace(config, distill_scale=0.05))]
+             for options in (config, replace(config, distill_scale=0.05))]
     query, target = ((student - teacher) ** 2).chunk(2)
     expected = query.mean().item() + target.mean().item()
     assert found == pytest.approx([expected, 0.05 * expected])
@@ -106,19 +179,18 @@ def test_row_8_stage_1_weighs_infonce_and_distillation_and_leaves_the_teacher_al
 
 def test_row_3_progress_is_the_share_of_the_stages_steps(batch):
     config, batch = batch
-    config = dataclasses.replace(config, temperature=0.03)
+    config = replace(config, temperature=0.03)
     states = torch.randn(24, 16)
     taus = [train.stage_losses(states, None, batch, 2, progress, config)["hard_temperature"]
             for progress in (0.0, 0.25, 0.5, 0.9)]
     assert taus[0] == 0.03 and taus[1] == pytest.approx(0.03 * 2.718281828 ** -0.25)
     assert taus[2] == taus[3] == pytest.approx(0.03 * 2.718281828 ** -0.5)
-    infonce = dataclasses.replace(config, loss="infonce")
+    infonce = replace(config, loss="infonce")
     assert train.stage_losses(states, None, batch, 2, 0.9, infonce)["hard_temperature"] == 0.03
 
 
-def test_row_6_text_only_distillation_leaves_items_with_images_out(glyph_beir):
+def test_row_6_text_only_distillation_leaves_items_with_images_out(pairs):
     config = train.Config(**SMALL, distill_modalities="text")
-    pairs = TrainSet(Benchmark(glyph_beir), 12, 1)[0]
     batch = train.Batcher(PUMA.from_pretrained(MODEL, 1), config)(pairs)
     items = pairs["queries"] + pairs["targets"]
     assert batch["distilled"].tolist() == [item["image"] is None for item in items]
@@ -127,42 +199,117 @@ def test_row_6_text_only_distillation_leaves_items_with_images_out(glyph_beir):
     assert train.stage_losses(student, teacher, batch, 1, 0, config)["distill"] == 0
 
 
-def test_row_9_visual_tokens_are_computed_once_for_teacher_and_student(batch, monkeypatch):
+def test_row_9_visual_tokens_are_computed_once_for_teacher_and_student(batch):
     config, batch = batch
-    config = dataclasses.replace(config, model=str(MODEL))
-    student = train.load_student(config, torch.device("cpu"))
-    teacher = train.load_teacher(config, student, torch.device("cpu"))
-    assert teacher.backbone.visual is student.backbone.visual
+    student = train.load_student(config, CPU)
+    teacher = train.load_teacher(config, student, CPU)
     calls = []
     student.backbone.visual.register_forward_hook(lambda *_: calls.append(1))
-
-    def losses_of(states, teacher_states):
-        return train.stage_losses(states, teacher_states, batch, 1, 0, config)
-
-    train.training_step(student, teacher, batch, losses_of)
-    assert len(calls) == sum("pixel_values" in chunk for chunk in batch["chunks"])
+    teacher.backbone.visual.register_forward_hook(lambda *_: calls.append(1))
+    before = [weight.clone() for weight in find_decoder(teacher).layers.parameters()]
+    for step in (train.plain_step, train.large_batch_step):
+        calls.clear()
+        step(student, teacher, batch, 1, 0, config)
+        towers = 2 if teacher.backbone.visual is student.backbone.visual else 1  # both hooks ran
+        assert len(calls) == towers * sum("pixel_values" in chunk for chunk in batch["chunks"])
     assert all(p.grad is None for p in teacher.parameters())
+    with torch.no_grad():  # what is trained is not shared
+        for weight in student.parameters():
+            weight += weight.requires_grad
+    assert all(map(torch.equal, find_decoder(teacher).layers.parameters(), before))
 
 
 def test_row_14_keep_last_keeps_the_first_layers_and_the_last_one():
-    config = dataclasses.replace(train.Config(), model=str(MODEL), keep_layers=3, keep_last=True)
-    student = train.load_student(config, torch.device("cpu"))
+    config = train.Config(model=str(MODEL), keep_layers=3, keep_last=True)
     kept, full = ([layer.mlp.down_proj.weight for layer in find_decoder(model).layers]
-                  for model in (student, PUMA.from_pretrained(MODEL)))
+                  for model in (train.load_student(config, CPU), PUMA.from_pretrained(MODEL)))
     assert len(kept) == 3
-    assert all(torch.equal(a, b) for a, b in zip(kept, [full[0], full[1], full[7]]))
+    assert all(map(torch.equal, kept, [full[0], full[1], full[7]]))
 
 
-def test_order_brings_states_back_to_queries_then_targets(glyph_beir):
-    config = train.Config(**{**SMALL, "chunk_size": 5})
-    pairs = TrainSet(Benchmark(glyph_beir), 12, 1)[0]
+def test_order_brings_states_back_to_queries_then_targets(pairs):
     model = PUMA.from_pretrained(MODEL, 1).eval()
-    batch = train.Batcher(model, config)(pairs)
+    batch = train.Batcher(model, train.Config(**SMALL, chunk_size=5))(pairs)
     with torch.no_grad():
         states = torch.cat([model(chunk) for chunk in batch["chunks"]])[batch["order"]]
     expected = model.encode(pairs["queries"] + pairs["targets"], normalize=False)
     torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-4)
 
+
+# ---- LoRA ----------------------------------------------------------------------------------------
+
+def test_merged_lora_is_an_ordinary_model_with_the_same_embeddings(tmp_path):
+    pytest.importorskip("peft")
+    student, names = PUMA.from_pretrained(MODEL, 2), ["latin small letter a", "black star"]
+    ordinary, plain = dict(student.named_parameters()), student.encode(names)
+    adapters = add_lora(find_decoder(student), rank=4, alpha=8, dropout=0.1)
+    torch.testing.assert_close(student.encode(names), plain)  # it starts as the model itself
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    linears = {re.search(r"layers\.(\d)\.\w+\.(\w+)\.lora_[AB]", name).groups()
+               for name in trained - {"ret_embedding"}}
+    assert "ret_embedding" in trained and linears == {
+        (layer, f"{part}_proj") for layer in "01" for part in ("q", "k", "v", "o", "gate", "up",
+                                                              "down")}
+    set_dropout(find_decoder(student), 0.05)
+    assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.05}
+    for name, weight in student.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    expected = student.encode(names)
+    assert (expected - plain).abs().max() > 0.01
+    adapters.merge_and_unload()
+    student.save_pretrained(tmp_path / "model")
+    loaded = PUMA.from_pretrained(tmp_path / "model")
+    assert dict(loaded.named_parameters()).keys() == ordinary.keys()
+    torch.testing.assert_close(loaded.encode(names), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_are_trained_in_float32_whatever_the_models_dtype():
+    pytest.importorskip("peft")
+    decoder = find_decoder(PUMA.from_pretrained(MODEL, 1, dtype=torch.bfloat16))
+    add_lora(decoder, rank=4, alpha=8)
+    assert {p.dtype for p in decoder.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_without_peft_or_with_too_high_a_rank_lora_says_so(monkeypatch):
+    decoder = find_decoder(PUMA.from_pretrained(MODEL, 1))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        with pytest.raises(ValueError, match="pip install peft"):
+            add_lora(decoder, rank=4, alpha=8)
+    pytest.importorskip("peft")
+    with pytest.raises(ValueError, match=r"--lora-rank must be in 1\.\.64, .* got 65"):
+        add_lora(decoder, rank=65, alpha=8)
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_the_plan_counts_what_loading_then_shows(lora_rank, monkeypatch, capsys):
+    if lora_rank:
+        pytest.importorskip("peft")
+    config = train.Config(model=str(MODEL), keep_layers=3, lora_rank=lora_rank)
+    student, full = train.load_student(config, CPU), PUMA.from_pretrained(MODEL)
+    kept = student.backbone.num_parameters()
+    layers = sum(p.numel() for p in find_decoder(full).layers.parameters())
+    train.prepare_training(config, student)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    layers += full.backbone.get_input_embeddings().weight.numel()
+    # On a GPU frozen weights take 2 bytes, trained ones 4; gradient 4, AdamW 8, the teacher 2.
+    weights = 2 * kept + 4 * trained if lora_rank else 4 * kept
+    total = weights + 12 * trained + 2 * layers
+    gpu = type("", (), {"total_memory": total})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    train.print_plan(config, torch.device("cuda"))
+    assert (f"{kept:,} kept, {full.backbone.num_parameters() - kept:,} dropped, "
+            f"{trained:,} trainable") in capsys.readouterr().out
+    gpu.total_memory = total - 1
+    with pytest.raises(ValueError, match="GiB are more than the .* GiB of cuda: try --lora-rank"):
+        train.print_plan(config, torch.device("cuda"))
+    train.print_plan(config, CPU)
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
 
 def arguments(data, out, **settings):
     settings = {**SMALL, "model": MODEL, "data": data, "eval": False, **settings}
@@ -187,6 +334,10 @@ def metrics(folder):
     return rows
 
 
+LORA = {"lora_rank": 4, "lora_dropout": 0.3, "stage1_lora_dropout": 0.2, "keep_layers": 2,
+        "batch_size": 4, "chunk_size": 3}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(glyph_beir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
@@ -204,38 +355,96 @@ def test_a_run_folder_holds_what_it_promises(uninterrupted):
     assert json.loads((uninterrupted / "config.json").read_text())["batch_size"] == 12
     assert (uninterrupted / "curves.png").stat().st_size > 5_000
     assert PUMA.from_pretrained(uninterrupted / "model").encode(["a"]).shape == (1, 128)
-    weights = list((uninterrupted / "checkpoints").glob("*/model.safetensors"))
-    assert len(weights) == 2
+    assert len(list((uninterrupted / "checkpoints").glob("*/model.safetensors"))) == 2
 
 
-def test_a_killed_run_resumes_with_the_losses_of_an_uninterrupted_one(
-    glyph_beir, tmp_path, uninterrupted, monkeypatch
-):
+@pytest.mark.parametrize("options", [{}, LORA], ids=["all weights", "LoRA with dropout"])
+def test_a_killed_run_ends_as_an_uninterrupted_one_bit_by_bit(
+        options, glyph_beir, tmp_path, uninterrupted, monkeypatch):
+    if options:
+        pytest.importorskip("peft")
+        uninterrupted = tmp_path / "whole"
+        run_main(monkeypatch, *arguments(glyph_beir, uninterrupted, **options))
+        assert PUMA.from_pretrained(uninterrupted / "model").encode("a").shape == (128,)
     folder = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "train.py")]
-    command += arguments(glyph_beir, folder, checkpoint_every=2)
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(
+        glyph_beir, folder, checkpoint_every=2, keep_checkpoints=9, **options)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     saved = folder / "checkpoints/stage2-step000002"
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not saved.exists() and process.poll() is None and time.time() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert saved.exists()
-    for left in (folder / "checkpoints").glob("stage2-step00000[45]"):
-        import shutil
+    for name in ("curves.png", "model", "checkpoints/stage2-step000004",
+                 "checkpoints/stage2-step000005"):  # if the kill came late
+        shutil.rmtree(folder / name, ignore_errors=True)
+    between = tmp_path / "between the stages"
+    shutil.copytree(folder, between)
+    shutil.rmtree(between / "checkpoints/stage2-step000002")
+    for resumed in (folder, between):
+        run_main(monkeypatch, "--resume", resumed)
+        assert metrics(resumed) == metrics(uninterrupted)
+        ours = (resumed / "model/model.safetensors").read_bytes()
+        assert ours == (uninterrupted / "model/model.safetensors").read_bytes()
 
-        shutil.rmtree(left)  # if the kill came late: go back to step 2 all the same
+
+def test_a_run_stopped_in_its_evaluation_goes_on_with_it_and_is_then_finished(
+        glyph_beir, tmp_path, monkeypatch, capsys):
+    folder, models = tmp_path / "run", {}
+
+    def stopped(*_args, **_options):
+        raise KeyboardInterrupt
+
+    def evaluate_models(given, name, data, out, settings):
+        models.update(given)
+        (out / "results.json").write_text("{}")
+
+    monkeypatch.setattr(train.evaluate, "evaluate_models", stopped)
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *arguments(glyph_beir, folder, eval=True, keep_layers=3,
+                                         keep_last=True, stage1_steps=0, stage2_steps=1))
+    weights = (folder / "model/model.safetensors").stat()
+    monkeypatch.setattr(train.evaluate, "evaluate_models", evaluate_models)
     run_main(monkeypatch, "--resume", folder)
-    assert metrics(folder) == metrics(uninterrupted)
-    ours = (folder / "model/model.safetensors").read_bytes()
-    assert ours == (uninterrupted / "model/model.safetensors").read_bytes()
+    assert (folder / "model/model.safetensors").stat() == weights
+    pruned = train.load_student(train.Config(model=str(MODEL), keep_layers=3, keep_last=True), CPU)
+    expected = [PUMA.from_pretrained(MODEL), pruned, PUMA.from_pretrained(folder / "model")]
+    items = ["a text", {"image": next((glyph_beir / "mbeir_images").rglob("*.png"))}]
+    vectors = [model.encode(items) for model in expected]
+    for model, vector in zip(models.values(), vectors, strict=True):
+        torch.testing.assert_close(model.encode(items), vector, atol=1e-5, rtol=1e-4)
+    assert min((vectors[0] - vectors[1]).abs().max(), (vectors[1] - vectors[2]).abs().max()) > 1e-3
+    capsys.readouterr()
+    monkeypatch.setattr(train.evaluate, "evaluate_models", stopped)
+    run_main(monkeypatch, "--resume", folder)
+    assert capsys.readouterr().out.startswith(f"{folder} is finished")
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(uninterrupted, tmp_path, monkeypatch,
+                                                          capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "model")
+    path = folder / "checkpoints/stage2-step000005/model.safetensors"
+    whole = load_file(path)
+    for change in ("missing", "shape"):
+        weights = dict(whole)
+        first = weights.pop("ret_embedding")
+        if change == "shape":
+            weights["ret_embedding"] = first[:-1].clone()
+        save_file(weights, path)
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, "--resume", folder)
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "another model than config.json says" in error and "ret_embedding" in error
 
 
 def test_sigterm_saves_and_stops_and_the_run_can_be_continued(glyph_beir, tmp_path, monkeypatch,
                                                               uninterrupted, capsys):
     folder = tmp_path / "stopped"
-    step = train.training_step
+    step = train.plain_step
 
     def stop_in_the_second(*inputs):
         if len((folder / "metrics.jsonl").read_text().splitlines()) == 1:
@@ -243,7 +452,7 @@ def test_sigterm_saves_and_stops_and_the_run_can_be_continued(glyph_beir, tmp_pa
         return step(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "training_step", stop_in_the_second)
+        patch.setattr(train, "plain_step", stop_in_the_second)
         with pytest.raises(SystemExit) as stop:
             run_main(patch, *arguments(glyph_beir, folder))
     assert stop.value.code == 130
@@ -263,7 +472,9 @@ def test_bad_input_gives_one_line_exit_status_2_and_no_folder(
     tsv = (glyph_beir / "instructions/query_instructions.tsv").read_text()
     (broken / "instructions/query_instructions.tsv").write_text(tsv)
     (broken / "query/union_train/x.jsonl").write_text('{"qid": "10:1", "query_txt": "a"}\n')
-    out = tmp_path / "out"
+    mistyped, out = tmp_path / "mistyped", tmp_path / "out"
+    mistyped.mkdir()
+    (mistyped / "config.json").write_text('{"batchsize": 3}')
     cases = [
         (arguments(glyph_beir, out, keep_layers=9), "--keep-layers must be in 1..8, got 9"),
         (arguments(glyph_beir, out, keep_layers=0), "--keep-layers must be in 1..8, got 0"),
@@ -271,9 +482,10 @@ def test_bad_input_gives_one_line_exit_status_2_and_no_folder(
         (arguments(broken, out), "x.jsonl:1: expected a field 'pos_cand_list'"),
         (arguments(glyph_beir, taken), "taken exists: choose another"),
         (arguments(glyph_beir, out, model=tmp_path), "expected"),
-        (arguments(glyph_beir, out, batch_size=0), "--batch-size must be greater than 0, got 0"),
+        (arguments(glyph_beir, out, batch_size=0), "--batch-size must be greater than 0"),
         (arguments(glyph_beir, out, device="nonsense"), "--device nonsense: "),
         (["--resume", tmp_path], "config.json"),
+        (["--resume", mistyped], "cannot read its config.json: "),
         (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
     ]
     for argv, message in cases:
@@ -290,60 +502,13 @@ def test_a_miniature_of_the_main_job_beats_chance_by_far(glyph_beir, tmp_path, m
     run_main(monkeypatch, *arguments(glyph_beir, folder, batch_size=64, stage1_steps=10,
                                      stage2_steps=30, keep_layers=2))
     benchmark = Benchmark(glyph_beir)
-    cells = [cell for cell in benchmark.cells("test", limit=60) if cell.name[-1] in "1467"]
+    cells = benchmark.cells("test", limit=60)
+    cells = [cell for cell in cells if cell.name[-1] in "136"]  # to texts: fast to embed
     averages = []
     for model in (PUMA.from_pretrained(MODEL, 2), PUMA.from_pretrained(folder / "model")):
-        embedded = Embedded(benchmark, cells, "test", model.encode)
+        embedded = Embedded(benchmark, cells, "test",
+                            lambda items, _, model=model: model.encode(items))
         averages.append(score(cells, embedded.rank(cells))["average"]["local"]["hit_rate@5"])
     chance = 5 / 3189
     assert averages[1] > 50 * chance
-    assert averages[1] > averages[0] + 0.05, averages
-
-
-@pytest.mark.parametrize("keep_last", [False, True])
-def test_the_evaluation_embeds_as_the_mllm_the_pruned_mllm_and_puma_would(
-        keep_last, glyph_beir, monkeypatch):
-    config = dataclasses.replace(train.Config(), model=str(MODEL), data=str(glyph_beir),
-                                 keep_layers=3, keep_last=keep_last)
-    student = PUMA.from_pretrained(MODEL, 2).train()
-    image = next((glyph_beir / "mbeir_images").rglob("*.png"))
-    items = ["a text", {"image": str(image)}, {"image": str(image), "text": "make it capital"}]
-
-    class Embedded(Exception):
-        def __init__(self, _benchmark, _cells, _split, encode):
-            self.columns = encode(items)
-
-    def raising(*args):
-        raise Embedded(*args)
-
-    monkeypatch.setattr(train.evaluate, "Embedded", raising)
-    with pytest.raises(Embedded) as caught:
-        train.compare(config, student, None, torch.device("cpu"))
-    models = PUMA.from_pretrained(MODEL), train.load_student(config, torch.device("cpu")), student
-    expected = torch.stack([model.encode(items, show_progress=False) for model in models])
-    torch.testing.assert_close(caught.value.columns, expected, atol=1e-5, rtol=1e-4)
-    assert (expected[0] - expected[1]).abs().max() > 0.01  # three different models
-    assert (expected[1] - expected[2]).abs().max() > 0.01
-
-
-def test_every_setting_is_an_option_with_a_reason(capsys, monkeypatch):
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, "--help")
-    text = capsys.readouterr().out
-    for field in dataclasses.fields(train.Config):
-        assert f"--{field.name.replace('_', '-')}" in text
-        assert len(field.metadata["help"]) > 10
-    assert "--no-eval" in text
-
-
-def test_copies_of_a_student_do_not_share_weights_with_the_teacher():
-    config = dataclasses.replace(train.Config(), model=str(MODEL))
-    student = train.load_student(config, torch.device("cpu"))
-    teacher = train.load_teacher(config, student, torch.device("cpu"))
-    before = copy.deepcopy(teacher.backbone.language_model.layers[0].state_dict())
-    with torch.no_grad():
-        for parameter in student.parameters():
-            if parameter.requires_grad:
-                parameter += 1
-    after = teacher.backbone.language_model.layers[0].state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert averages[1] > averages[0] + 0.03, averages

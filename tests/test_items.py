@@ -1,0 +1,178 @@
+"""support/items.py: what can be read, as which picture, and what is refused by name."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from support.items import (Folder, as_item, image_size, load_image, load_video, open_image)
+
+RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)  # each of 256 brightnesses
+
+
+@pytest.mark.parametrize("item, message", [
+    ({"txt": "a"}, r"unknown keys \{'txt'\}; an item has text image video instruction"),
+    ({"instruction": "Find it."}, "empty item .* needs a text, an image or a video"),
+    ("", "empty item"),
+    ({"image": "a.png", "video": ["a.png"]}, "an image or a video, not both"),
+    (3, "an image is a path or PIL image, got int"),
+    ({"text": 3}, "text: expected valid Unicode, got 3"),
+    ({"text": "a", "instruction": ["b"]}, r"instruction: expected valid Unicode, got \['b'\]"),
+    ({"text": "\ud800"}, r"text: expected valid Unicode, got '\\ud800'"),
+])
+def test_what_is_no_item_is_refused_with_the_offending_value(item, message):
+    with pytest.raises(ValueError, match=message):
+        as_item(item)
+
+
+def test_a_text_an_image_and_a_path_alone_are_items(tmp_path):
+    assert as_item("a") == {"text": "a"}
+    assert as_item(tmp_path) == {"image": tmp_path}
+    assert as_item({"text": None, "image": "a.png"}) == {"text": None, "image": "a.png"}
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
+def test_a_picture_of_any_mode_becomes_rgb_as_pillow_shows_it(mode):
+    picture = Image.linear_gradient("L").resize((32, 32))
+    if mode in ("LAB", "HSV"):
+        picture = Image.merge(mode, [picture, picture.rotate(90), picture])
+    picture = picture.convert(mode)
+    image = load_image(picture)
+    assert image.mode == "RGB" and image.tobytes() == picture.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "PA"])
+def test_what_is_transparent_is_white_and_what_is_not_keeps_its_colour(mode):
+    image = Image.new(mode, (2, 1))
+    if mode == "PA":
+        image.putpalette([grey for grey in range(256) for _ in range(3)])
+    image.putpixel((1, 0), (70, 255) if mode in ("LA", "PA") else (70, 70, 70, 255))
+    shown = load_image(image)
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (70,) * 3]
+
+
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=0)
+    shown = load_image(tmp_path / "a.png")
+    assert [shown.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (9,) * 3]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm"])
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_a_ramp_of_16_bits_keeps_all_its_brightnesses(tmp_path, name, order):
+    Image.fromarray(RAMP.astype(order) if name == "a.tif" else RAMP).save(tmp_path / name)
+    shown = np.asarray(load_image(tmp_path / name))
+    assert shown.dtype == np.uint8
+    assert (shown == np.arange(256).reshape(16, 16, 1)).all()
+
+
+@pytest.mark.parametrize("mode", ["I", "F", "La"])
+def test_a_mode_without_a_defined_brightness_is_refused_by_name(tmp_path, mode):
+    with pytest.raises(ValueError, match=f"cannot read image given in memory: .*{mode}"):
+        load_image(Image.new(mode, (4, 4)))
+    if mode != "La":
+        Image.new(mode, (4, 4)).save(tmp_path / "a.tif")
+        with pytest.raises(ValueError, match=f"a.tif: mode {mode} has no fixed range"):
+            load_image(tmp_path / "a.tif")
+
+
+def test_an_image_is_turned_upright_and_the_given_one_stays_as_it_was(tmp_path):
+    image = Image.linear_gradient("L").resize((8, 4)).convert("RGB")
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / "a.png", exif=exif)
+        opened = Image.open(tmp_path / "a.png")
+        upright = load_image(opened)
+        assert upright.size == ((8, 4) if orientation < 5 else (4, 8)) and opened.size == (8, 4)
+        assert upright.tobytes() == ImageOps.exif_transpose(opened).tobytes()
+
+
+def test_malformed_exif_is_ignored_and_the_picture_used(tmp_path):
+    picture = Image.linear_gradient("L").convert("RGB")
+    for tag, kind, value in ((0x0128, 11, b"\0\0\x80\x3f"),  # ResolutionUnit as FLOAT
+                             (0x0112, 2, b"six\0"), (0x0112, 12, b"\xff\xff\xff\xff")):
+        entry = tag.to_bytes(2, "little") + kind.to_bytes(2, "little") + b"\1\0\0\0" + value
+        exif = b"Exif\0\0II*\0\x08\0\0\0\1\0" + entry + bytes(4)
+        picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+        assert load_image(tmp_path / "a.jpg").size == (256, 256)
+        picture.save(tmp_path / "a.png", exif=exif)
+        assert load_image(tmp_path / "a.png").tobytes() == picture.tobytes()
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:2000])
+    (tmp_path / "text.png").write_text("no image")
+    # Pillow knows this format in general; on a strange pixel format it raises no OSError.
+    (tmp_path / "a.dds").write_bytes(b"DDS |\0\0\0" + bytes(120))
+    Image.new("L", (1, 201)).save(tmp_path / "long.png")
+    Image.new("L", (1, 200)).save(tmp_path / "just.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (("cut", "truncated"), ("text", "cannot identify"),
+                         ("missing", "No such file"), ("pipe", "it is no regular file"),
+                         ("long", "1 x 201 pixels: one side is over 200 times the other")):
+        path = tmp_path / f"{name}.png"
+        with pytest.raises(ValueError, match=f"cannot read image .*{name}.png: .*{reason}"):
+            load_image(path)
+        assert image_size(path) == {"cut": (64, 64)}.get(name, (1, 1))
+    with pytest.raises(ValueError, match="a.dds"):
+        load_image(tmp_path / "a.dds")
+    assert load_image(tmp_path / "just.png").size == image_size(tmp_path / "just.png") == (1, 200)
+    assert open_image(tmp_path / "cut.png").size == (64, 64), "only the header is read"
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4095)
+    with pytest.raises(ValueError, match="64 x 64 pixels are too many"):
+        load_image(tmp_path / "whole.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4096)
+    assert load_image(tmp_path / "whole.png").mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["clip.gif", "clip.png", "clip.webp"])
+def test_a_video_of_a_file_or_of_frames_is_an_even_number_of_rgb_frames(tmp_path, name):
+    frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(3)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    shown = [frame.getpixel((0, 0)) for frame in load_video(tmp_path / name)]
+    assert shown == [(0, 0, 0), (60, 0, 0), (120, 0, 0), (120, 0, 0)]
+    assert [frame.getpixel((0, 0)) for frame in load_video(frames)] == shown
+    assert len(load_video(frames[:2])) == 2
+
+
+def test_transparent_frames_of_a_video_are_white_as_well(tmp_path):
+    frames = [Image.new("RGBA", (8, 8), (200, 0, 0, alpha)) for alpha in (0, 255)]
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:])
+    assert load_video(tmp_path / "clip.png")[0].getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_video_without_frames_of_unequal_sizes_or_unreadable_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"one size, got \[\(4, 4\), \(8, 8\)\]"):
+        load_video([Image.new("RGB", (size, size)) for size in (8, 4, 8)])
+    with pytest.raises(ValueError, match="one size, got no frame"):
+        load_video([])
+    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0 ftypisom")
+    with pytest.raises(ValueError, match=r"cannot read video .*clip.mp4: .*pass its frames"):
+        load_video(tmp_path / "clip.mp4")
+
+
+def test_a_folders_images_and_texts_are_its_items_without_hidden_ones(tmp_path):
+    for name in ("b/one.JPG", "a.txt", "empty.txt", "ignored.csv", ".hidden/c.txt", ".d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\n" if name == "empty.txt" else " a text\n")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.txt")
+    pool = Folder(tmp_path)
+    assert [pool.name(i) for i in range(len(pool))] == ["a.txt", "b/one.JPG", "empty.txt"]
+    assert pool.modality.tolist() == [0, 1, 0]
+    assert pool[0] == {"text": "a text", "image": None}
+    assert pool[1] == {"text": None, "image": str(tmp_path / "b/one.JPG")}
+    with pytest.raises(ValueError, match="empty.txt is empty"):
+        pool[2]
+
+
+def test_a_folder_without_items_or_none_at_all_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match=f"--pool {folder}: expected a folder with"):
+            Folder(folder)
