@@ -91,10 +91,10 @@ def plain_step(student, teacher, batch, stage, progress, config):
     `batch["order"]` brings their states back to queries, then targets.
     """
     visuals = [student.visual_tokens(chunk) for chunk in batch["chunks"]]  # once for both models
-    states = embed(student, batch["chunks"], visuals)[batch["order"]]  # (2B, D)
     teacher_states = None
-    if teacher is not None:  # its weights are frozen, so that no graph is kept
+    if teacher is not None:  # frozen: no graph is kept, and it is done before the student's grows
         teacher_states = embed(teacher, batch["chunks"], visuals)[batch["order"]]
+    states = embed(student, batch["chunks"], visuals)[batch["order"]]  # (2B, D)
     losses = stage_losses(states, teacher_states, batch, stage, progress, config)
     losses["loss"].backward()  # fills .grad of the weights
     return losses
