@@ -8,8 +8,7 @@ nothing else: copy it into your own training code.
     tau_hard(t) = tau * exp(-lambda * min(1, 2t))                     t = training progress, 0..1
 
 Negatives of the positive's own modality (*intra-modality*) are hard, others (*inter-*) are easy.
-`python mac_loss.py` prints the loss of two queries and four targets as tau_hard falls, and which
-share of the gradient falls on the intra-modality negative. Shapes: B queries, N targets, D width.
+`python mac_loss.py` prints how loss and gradient move as tau_hard falls. B queries, N targets.
 """
 
 import math
@@ -75,10 +74,9 @@ def mac_loss(query, target, modality, temperature, tau_hard, *, positive=None,
         if positive_temperature == "base":
             tau = tau.masked_fill(own, temperature)
         logits = query @ target.T / tau  # s_ij / tau_ij
-        # A head start of m for hard negatives: the positive must win by m more.
         if intra_offset:
             logits = torch.where(intra & ~own, logits + intra_offset, logits)
-        if duplicate is not None:  # exp(-inf) = 0: the column leaves the sum, and gets no gradient
+        if duplicate is not None:
             logits = logits.masked_fill(duplicate & ~own, -math.inf)
         if reduction == "mean" and not len(query):  # the mean of nothing would be NaN
             reduction = "sum"

@@ -11,8 +11,7 @@ Qwen3-VL, Qwen2, Llama, ...); needs torch only, so it can be copied into your ow
     python evaluate.py toy/tiny-qwen2-vl --depths all     # what each layer knows, what it costs
 
 Cutting after layer k and keeping the final norm gives exactly the full model's hidden state k,
-normed: nothing is approximated, the model is just read out early.
-Shapes: B items, D width, L layers of the full model.
+normed: nothing is approximated, it is just read out early. B items, D width, L layers in all.
 """
 
 import torch
@@ -34,8 +33,7 @@ def prune_layers(model, keep, keep_last=False):
     """Keep some decoder layers of `model`, in place, and return it. The rest is freed.
 
     keep: how many of the first layers, or a rising list of layer indices (0-based).
-    keep_last: the last of the kept layers is the model's last one (1..k-1 and L), which a comment
-    of the official code recommends for small k.
+    keep_last: the last of them is the model's last one (official code, a comment: for small k).
     The layers' indices and the config (`num_hidden_layers`, `layer_types`) follow: the result saves
     and loads as an ordinary transformers model.
     Raises ValueError if a layer does not exist or the architecture forbids dropping it.
@@ -48,7 +46,6 @@ def prune_layers(model, keep, keep_last=False):
         indices = list(range(keep))
     else:
         indices = list(keep)
-        # Rising, none twice: another order, or a shared layer, would be another architecture.
         if not indices or indices != sorted(set(indices).intersection(range(depth))):
             raise ValueError(f"keep must be rising layer indices in 0..{depth - 1}, got {indices}")
     if keep_last:
@@ -70,7 +67,6 @@ def prune_layers(model, keep, keep_last=False):
                if hasattr(module, "config") and decoder in module.modules()]
     for config in {id(config): config for config in configs}.values():
         config.num_hidden_layers = len(indices)
-        # The kind of each layer's attention, such as full or sliding, where a model mixes them.
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[index] for index in indices]
     return model
@@ -110,16 +106,14 @@ def distill_loss(student_state, teacher_state):
 def layer_embeddings(model, batch, visual=None):
     """The last position's state after every depth, final norm applied: (L + 1, B, D), float32.
 
-    Depth 0 is the token embedding itself. One forward pass: hooks keep one position a layer.
-    `model` is a `puma.PUMA`, called with `batch` and, where they are known, its `visual` tokens, or
-    a transformers model, called with `**batch`; either way the batch must be padded on the left, so
-    that the last column is every row's last token.
+    Depth 0 is the token embedding itself. `model` is a `puma.PUMA`, called with `batch` and, where
+    they are known, its `visual` tokens, or a transformers model, called with `**batch`; the batch
+    must be padded on the left, so that the last column is every row's last token.
     """
     decoder = find_decoder(model)
     states = []
 
-    # Hooks instead of `output_hidden_states`: that would keep all positions of all layers.
-    # What enters the first layer is depth 0.
+    # Hooks: `output_hidden_states` would keep all positions. What enters layer 1 is depth 0.
     def before(_module, args, kwargs):
         states.append((args[0] if args else kwargs["hidden_states"])[:, -1])
 
@@ -130,7 +124,7 @@ def layer_embeddings(model, batch, visual=None):
     handles = [decoder.layers[0].register_forward_pre_hook(before, with_kwargs=True)]
     handles += [layer.register_forward_hook(after) for layer in decoder.layers]
     try:
-        if hasattr(model, "collate"):  # a puma.PUMA
+        if hasattr(model, "collate"):
             model(batch, visual)
         else:
             model(**batch)

@@ -44,6 +44,7 @@ def test_the_stock_classes_need_no_file_of_ours():
 @pytest.mark.parametrize("item", [
     {"text": "latin small letter a"},
     {"text": "Ends in a full stop."},
+    {"text": "a <|im_end|> and [RET] and <|image_pad|> that are just text"},
     {"text": QUERY},
     {"image": True},
     {"image": True, "text": "Find the changed character.\nmake it capital."},
