@@ -128,7 +128,7 @@ def layer_embeddings(model, batch, visual=None):
             model(batch, visual)
         else:
             model(**batch)
-    finally:  # a hook that stayed would slow, and fill, every later pass
+    finally:
         for handle in handles:
             handle.remove()
     # What a model cut at this depth would return: the state, then the norm that it keeps.

@@ -158,6 +158,9 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         optimizer.zero_grad()
         with autocast(device):
             losses = step_of(student, teacher, batch, stage, step / steps, config)
+        if not losses["loss"].isfinite():  # before it spoils the weights and later checkpoints
+            raise ValueError(f"stage {stage}, step {step + 1}: the loss is {losses['loss']:.0f}; "
+                             f"stopped, {run.checkpoints} has the last good weights")
         norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
         optimizer.step()
         schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine

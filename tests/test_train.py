@@ -441,6 +441,18 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(uninterrupted, tmp_pat
         assert "another model than config.json says" in error and "ret_embedding" in error
 
 
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(
+    glyph_beir, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, *arguments(glyph_beir, folder, lr=1e30, warmup=0, stage1_steps=0))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "the loss is nan; stopped" in error, error
+    assert not (folder / "model").exists()
+    assert all(json.loads(row)["loss"] < 100 for row in (folder / "metrics.jsonl").open())
+
+
 def test_sigterm_saves_and_stops_and_the_run_can_be_continued(glyph_beir, tmp_path, monkeypatch,
                                                               uninterrupted, capsys):
     folder = tmp_path / "stopped"
