@@ -34,8 +34,7 @@ def prune_layers(model, keep, keep_last=False):
 
     keep: how many of the first layers, or a rising list of layer indices (0-based).
     keep_last: the last of them is the model's last one (official code, a comment: for small k).
-    The layers' indices and the config (`num_hidden_layers`, `layer_types`) follow: the result saves
-    and loads as an ordinary transformers model.
+    The layers' indices and the config follow: the result saves and loads like any other model.
     Raises ValueError if a layer does not exist or the architecture forbids dropping it.
     """
     decoder = find_decoder(model)
