@@ -1,7 +1,7 @@
 """Mutation check: make one small mistake at a time in a file, and see whether a test notices it.
 
     python tests/mutants.py mac_loss.py                    # with tests/test_mac_loss.py
-    python tests/mutants.py data.py --tests tests/test_data.py tests/test_check_data.py
+    python tests/mutants.py support/files.py --tests tests/test_data.py
     python tests/mutants.py mac_loss.py --list             # only say what would be changed
 
 Run it in the repository's root, on Linux. It prints each mistake that no test notices as
