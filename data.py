@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import (Pool, Table, check_content, did_key, did_keys, did_text, make_item,
-                           modality_class, parse_lines, refuse)
+from support.files import (Pool, Table, check_content, check_option, clear_errors, did_key,
+                           did_keys, did_text, make_item, modality_class, parse_lines, printable,
+                           refuse, warn)
 from support.items import MODALITIES, UNREADABLE, load_image, open_image
 
 TASKS = {  # task id -> (query modality, candidate modality)
@@ -38,16 +39,16 @@ TASKS = {  # task id -> (query modality, candidate modality)
 
 
 def query_columns(row):
-    """A query's row, checked -> qid key, modality class, key of the first positive."""
-    check_content(row.get("query_txt"), row.get("query_img_path"))
+    """A query's row, checked -> qid key, modality class, first positive's key, content's class."""
+    content = check_content(row.get("query_txt"), row.get("query_img_path"))
     first = did_keys(row["pos_cand_list"])[0]
-    return did_key(row["qid"]), modality_class(row["query_modality"]), first
+    return did_key(row["qid"]), modality_class(row["query_modality"]), first, content
 
 
 def candidate_columns(row):
-    """A candidate's row, checked -> did key, modality class."""
-    check_content(row.get("txt"), row.get("img_path"))
-    return did_key(row["did"]), modality_class(row["modality"])
+    """A candidate's row, checked -> did key, modality class, content's class."""
+    content = check_content(row.get("txt"), row.get("img_path"))
+    return did_key(row["did"]), modality_class(row["modality"]), content
 
 
 def format_instruction(text):
@@ -82,6 +83,7 @@ class Benchmark:
 
     def __init__(self, root, seed=0, on_error=refuse):
         self.root, self.seed, self.on_error = Path(root), seed, on_error
+        self.warn = warn if on_error is refuse else on_error
         self.tables = {}  # a file that both stages train on is read once, and so are pools
         for folder in ("query", "cand_pool", "instructions"):
             if not (self.root / folder).is_dir():
@@ -91,23 +93,29 @@ class Benchmark:
         lines = parse_lines(self.prompts_path, parse_prompts, expected, on_error, 1)
         self.prompts = dict(entry for *_, entry in lines)
 
-    def table(self, path, columns=query_columns, codes="qbq", what="a query"):
+    def table(self, path, columns=query_columns, codes="qbqb", what="a query"):
         """The lines of a file, by default of queries."""
         if path not in self.tables:
-            self.tables[path] = Table(path, columns, codes, f"{what}, a JSON object", self.on_error)
+            table = Table(path, columns, codes, f"{what}, a JSON object", self.on_error)
+            odd = np.flatnonzero(np.not_equal(table.columns[1], table.columns[-1]))
+            for row in odd[:1]:
+                self.warn(path, table.numbers[row], f"{what} is {MODALITIES[table.columns[1][row]]}"
+                          f" but has {MODALITIES[table.columns[-1][row]]}; {len(odd):,} such lines")
+            self.tables[path] = table
         return self.tables[path]
 
     def pool(self, *paths):
         """The candidates of these files."""
-        return Pool([self.table(path, candidate_columns, "qb", "a candidate")
+        return Pool([self.table(path, candidate_columns, "qbb", "a candidate")
                      for path in paths], self.root)
 
-    def query_item(self, row, target_class, salt=""):
-        """A query's item; its instruction is drawn by query id and `salt` (official: unseeded)."""
+    def query_item(self, row, target_class, salt="", place="a query"):
+        """A query's item; its instruction is drawn by query id and `salt` (official: unseeded).
+        `place`: its file and line, for the ValueError if there is no instruction."""
         key = (modality_class(row["query_modality"]), target_class, did_key(row["qid"]) >> 40)
         if key not in self.prompts:
-            raise ValueError(f"expected prompts for dataset {key[2]}, {MODALITIES[key[0]]} -> "
-                             f"{MODALITIES[key[1]]} in {self.prompts_path}")
+            raise ValueError(f"{place}: expected prompts for dataset {key[2]}, "
+                             f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
         item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
         return {**item, "instruction": prompt}
@@ -123,8 +131,10 @@ class Benchmark:
     def _cell(self, path, split, limit):
         name, task, pool, qrels = self.cell_files(path)
         table = self.table(path)
-        rows, keys = list(itertools.islice(table, limit)), table.columns[0][:limit]
-        items = [self.query_item(row, modality_class(TASKS[task][1])) for row in rows]
+        lines = np.sort(np.unique(table.columns[0], return_index=True)[1])[:limit]  # an id once
+        rows, keys = [table[i] for i in lines], [table.columns[0][i] for i in lines]
+        target = modality_class(TASKS[task][1])
+        items = [self.query_item(row, target, "", table.place(i)) for row, i in zip(rows, lines)]
         listed = {key: did_keys(row["pos_cand_list"]) for key, row in zip(keys, rows)}
         relevant = self.relevance(qrels, listed)
         for key in keys:
@@ -188,7 +198,7 @@ class TrainSet(torch.utils.data.Dataset):
 
     def _groups(self, rng, labels):
         """{(dataset, query class, target class): its rows, shuffled}."""
-        qids, classes, positives = self.queries.columns
+        qids, classes, positives, _ = self.queries.columns
         found = self.pool.find(positives)
         for row in np.flatnonzero(found < 0):
             refuse(self.queries.path, self.queries.numbers[row],
@@ -220,19 +230,26 @@ class TrainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         """One batch of B pairs: `queries`, `targets` (items), `modality` and `target_keys` (B,) of
-        the targets, `positive_keys`: for each query all its listed positives."""
+        the targets, `positive_keys`: for each query all its listed positives; `places`: the items'
+        files and lines; `about`: tasks and query ids, as text."""
         rng = random.Random(f"{self.seed}-{step}")
-        rows = [self.queries[i] for i in self.schedule[step]]
+        chosen = self.schedule[step]
+        rows, lines = [self.queries[i] for i in chosen], [self.queries.place(i) for i in chosen]
         positives = [did_keys(row["pos_cand_list"]) for row in rows]
         found = [self.pool.find(keys) for keys in positives]
         picked = [rng.choice(indices[indices >= 0].tolist()) for indices in found]
         classes = [int(self.pool.modality[i]) for i in picked]
+        tasks = {f"dataset {row['qid'].split(':')[0]}, {row['query_modality']} -> "
+                 f"{MODALITIES[target]}" for row, target in zip(rows, classes)}
         return {
-            "queries": [self.benchmark.query_item(*row, step) for row in zip(rows, classes)],
+            "queries": [self.benchmark.query_item(row, target, step, place)
+                        for row, target, place in zip(rows, classes, lines)],
             "targets": [self.pool[i] for i in picked],
             "modality": torch.tensor(classes),
             "target_keys": torch.tensor([int(self.pool.keys[i]) for i in picked]),
             "positive_keys": positives,
+            "places": lines + [self.pool.place(i) for i in picked],
+            "about": f"{'; '.join(sorted(tasks))}; {' '.join(row['qid'] for row in rows)}",
         }
 
 
@@ -315,10 +332,11 @@ class Checker(Benchmark):
 
         table = self.table(path, check_query)
         relevant = self.relevance(qrels, listed, check_qrel)
-        local = pools.get(searched) or known
-        for number, qid in zip(table.numbers, table.columns[0]):
-            if (local.find(list(relevant[qid])) < 0).all():
-                self.problem(path, number, f"expected a positive of {did_text(qid)} in {searched}")
+        for pool in filter(None, {pools.get(searched), pools.get(union)}):
+            for number, qid in zip(table.numbers, table.columns[0]):
+                if (pool.find(list(relevant[qid])) < 0).all():
+                    self.problem(path, number, f"expected a positive of {did_text(qid)} in "
+                                 f"{pool.tables[0].path}")
 
     def check_images(self, read):
         """Open each image by `read`, in threads; -> their number."""
@@ -345,27 +363,30 @@ def main():
     parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory.")
     parser.add_argument("directory", help="M-BEIR directory")
     parser.add_argument("--show", type=int, default=20, help="problems to print")
-    parser.add_argument("--images", choices=["header", "full", "none"], default="header",
-                        help="open each image, decode each, or skip them")
+    parser.add_argument("--images", choices=["header", "full", "none"], default="full",
+                        help="decode each image, only open it (faster), or skip them")
     args = parser.parse_args()
+    with clear_errors():
+        sys.exit(check_directory(args))
+
+
+def check_directory(args):
+    """Print what is wrong in args.directory, and a line a file; -> 1 if anything is, else 0."""
     read = {"header": open_image, "full": load_image, "none": None}[args.images]
-    try:
-        checker = Checker(args.directory, args.show)
-        checker.check()
-        images = checker.check_images(read) if read else 0
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    check_option("--show", args.show, int)
+    checker = Checker(args.directory, args.show)
+    checker.check()
+    images = checker.check_images(read) if read else 0
     for path, table in checker.tables.items():
         name, problems = path.relative_to(args.directory), checker.counts[path]
         print(f"{name!s:<60}{len(table):>11,} lines{problems:>10,} problems")
     count, lines = sum(checker.counts.values()), sum(map(len, checker.tables.values()))
     for text in checker.texts.values():
-        print(text)
+        print(printable(text))
     if count > len(checker.texts):
         print(f"... and {count - len(checker.texts):,} more; --show shows as many as you like")
     print(f"{args.directory}: {lines:,} lines, {images:,} images, {count:,} problems")
-    sys.exit(1 if count else 0)
+    return 1 if count else 0
 
 
 if __name__ == "__main__":

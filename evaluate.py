@@ -14,8 +14,8 @@ untrained model knows after k layers against their cost. Embeddings are kept (`s
 """
 
 import argparse
+import contextlib
 import re
-import sys
 from pathlib import Path
 from statistics import median
 from timeit import timeit
@@ -28,11 +28,13 @@ from prune_distill import find_decoder, layer_embeddings, prune_layers
 from puma import PUMA, to_device
 from settings import DEFAULT_DATA
 from support import distributed, report
-from support.files import did_text, modality_class, write_json, write_text
+from support.files import (check_option, clear_errors, did_text, modality_class, new_folder,
+                           printable, warn, write_json, write_text)
 from support.index import Store, search
 from support.items import MODALITIES, Folder
-from support.pictures import draw_depths, draw_gallery, printable
+from support.pictures import draw_depths, draw_gallery
 from support.run import count_flops
+
 
 class Embedded:
     """All queries and candidates of some cells, each embedded once.
@@ -48,6 +50,11 @@ class Embedded:
         paths = list(filter(None, [self.global_path, *sorted({c.pool_path for c in cells})]))
         self.pools = {path: benchmark.pool(path) for path in paths}
         self.union = benchmark.pool(*paths)
+        for cell, path in [(c, p) for c in cells for p in (c.pool_path, self.global_path) if p]:
+            lost = sum((self.pools[path].find(list(keys)) < 0).all() for keys in cell.relevant)
+            if lost:
+                warn(path, 0, f"it has no right candidate for {lost:,} of {len(cell.items):,} "
+                     f"queries of {cell.name}, which count as misses")
         if len(self.union) == len(self.pools[paths[0]]):  # the global pool holds the local ones
             del paths[1:]  # a search through it uses the same embeddings
         if sample is not None:
@@ -182,11 +189,10 @@ def write_results(out, results, text, embedded, cells, rankings):
                  for value, key in zip(scores[0], ranked[0])]
         rows.append((f"{cell.name}: query", cell.items[0], found))
     draw_gallery(out / "gallery.png", rows)
-    print(f"wrote {out / 'results.json'} and {out / 'gallery.png'}")
 
 
 def show(model, args, out):
-    """Search for args.query and args.image; print the args.k best, draw them into out/search.png.
+    """Search for args.query and args.image; print the args.k best, draw them into out; -> the file.
 
     args.pool: a folder or M-BEIR directory instead of args.data. args.modality: only its
     candidates; a query without instruction then gets the benchmark's for that task. args.skip_bad:
@@ -232,7 +238,7 @@ def show(model, args, out):
     out.mkdir(parents=True, exist_ok=True)
     draw_gallery(out / "search.png", [("query", query, found[start : start + 5])
                                       for start in range(0, len(found), 5)])
-    print(f"wrote {out / 'search.png'}")
+    return "search.png"
 
 
 def read_out(model, keep_last=False):
@@ -309,46 +315,52 @@ def arguments():
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
     option("--device", default="", help="torch device; default: cuda if there is one")
     args = parser.parse_args()
-    if args.out and Path(args.out).exists():
-        raise ValueError(f"--out {args.out} exists: choose another folder")
     if (args.pool or args.instruction) and not (args.query or args.image):
         raise ValueError("--pool and --instruction belong to a search: give --query or --image")
     for name, value in vars(args).items():
-        if type(value) is int and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and name != "device":
+            least = name != "popularity_penalty" and value is not False  # 1: of a text, letters
+            check_option(f"--{name.replace('_', '-')}", value, type(value), int(least))
     if not re.fullmatch("all|[0-9]+(,[0-9]+)*", args.depths or "all"):
         raise ValueError(f"--depths must be all or numbers like 2,4, got {args.depths}")
     return args
 
 
 def main():
-    try:
-        args = arguments()
-        device = distributed.start(args.device)
-        out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
-        if not args.pool and distributed.rank() == 0:
+    with clear_errors():
+        try:
+            run(arguments())
+        finally:
+            distributed.stop()
+
+
+def run(args):
+    """Evaluate, search or compare depths, as the command line says."""
+    device, first = distributed.start(args.device), distributed.rank() == 0
+    out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
+    # A folder of --out gets its name when all is written; one of ours is written over.
+    with new_folder(out) if args.out and first else contextlib.nullcontext(out) as folder:
+        if not args.pool and first:
             ensure_data(args.data)
-        distributed.gather_objects(None)
+        distributed.gather_objects(None)  # the others wait
         model = PUMA.from_pretrained(args.model, device=device).eval()
         if args.query or args.image:
-            show(model, args, out)
+            written = show(model, args, folder)
         elif args.depths:
             asked = None if args.depths == "all" else map(int, args.depths.split(","))
             rows = compare_depths(model, Benchmark(args.data), args.split, asked, args.keep_last,
                                   args.limit or 200, batch_size=args.batch_size)
             print(report.depth_table(rows))
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "depths.json", {"rows": rows, "settings": vars(args)})
-            draw_depths(out / "depths.png", rows)
-            print(f"wrote {out / 'depths.json'} and {out / 'depths.png'}")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "depths.json", {"rows": rows, "settings": vars(args)})
+            draw_depths(folder / "depths.png", rows)
+            written = "depths.json, depths.png"
         else:
-            evaluate_models({"PUMA": model}, args.model, args.data, args.split, out,
+            evaluate_models({"PUMA": model}, args.model, args.data, args.split, folder,
                             args.batch_size, args.limit, args.popularity_penalty, vars(args))
-    except (ValueError, OSError) as error:
-        print(f"error: {printable(str(error).splitlines()[0])}", file=sys.stderr)
-        sys.exit(2)
-    finally:
-        distributed.stop()
+            written = "results.json, results.md, gallery.png"
+    if first:
+        print(f"wrote {out}: {written}")
 
 
 def ensure_data(folder):
@@ -357,7 +369,8 @@ def ensure_data(folder):
         from toy.glyph_beir import build
 
         print(f"writing GlyphBEIR to {folder} ...", flush=True)
-        print(build(folder))
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            print(build(folder))
 
 
 if __name__ == "__main__":

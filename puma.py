@@ -23,17 +23,17 @@ Shapes: B items, L tokens, D width, V visual tokens and P patches of the whole b
 
 import contextlib
 import re
-import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from PIL.Image import Image
+from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available, logging
 
+from support.files import check_option, new_folder, regular
 from support.items import as_item, image_size, load_image, load_video
 
 RET = "[RET]"
@@ -71,37 +71,41 @@ class PUMA(nn.Module):
         300 and 450. `dtype`: float32 on a CPU, bfloat16 on a GPU, there with FlashAttention if
         installed. ValueError on a bad depth, an incomplete folder, weights of another model.
         """
-        check_folder(name_or_path)
-        with _loading(name_or_path):
-            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
-        if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
-            raise ValueError(f"{name_or_path} is a {config.model_type}, not Qwen2-VL or Qwen2.5-VL")
-        text_config = config.get_text_config()
-        depth = text_config.num_hidden_layers
-        if keep_layers is not None and not 1 <= keep_layers <= depth:
-            raise ValueError(f"keep_layers must be in 1..{depth}, got {keep_layers}")
-        text_config.num_hidden_layers = keep_layers or depth  # the rest of the file is not read
-        text_config.layer_types = text_config.layer_types[:keep_layers]
+        config = load_config(name_or_path)
         # Limits, in rising priority: the paper's, those of a saved PUMA, the arguments.
         limits = {"max_visual_tokens": 300, "max_text_tokens": 450, **getattr(config, "puma", {})}
         given = {"max_visual_tokens": max_visual_tokens, "max_text_tokens": max_text_tokens}
         limits |= {name: limit for name, limit in given.items() if limit is not None}
+        for name, limit in limits.items():
+            check_option(name, limit, int, 1)
         config.puma = limits  # saved with the model: it is evaluated as it was trained
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
         with _loading(name_or_path):
+            text_config = config.get_text_config()
+            depth = text_config.num_hidden_layers
+            check_option("keep_layers", keep_layers, int | None, 1, depth)
+            text_config.num_hidden_layers = keep_layers or depth  # the rest of the file is not read
+            text_config.layer_types = text_config.layer_types[:keep_layers]
             backbone, report = AutoModel.from_pretrained(
                 name_or_path, config=config, dtype=dtype, output_loading_info=True,
                 use_safetensors=True, trust_remote_code=False,
                 attn_implementation="flash_attention_2" if fast else "sdpa")
+            _check_weights(report, len(backbone.language_model.layers))
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-        _check_weights(name_or_path, report, len(backbone.language_model.layers))
-        pixels = limits["max_visual_tokens"] * (processor.patch_size * processor.merge_size) ** 2
-        # "shortest_edge" and "longest_edge" are the least and the most pixels of an image, oddly.
-        processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
-        _add_ret_token(tokenizer, backbone)
-        return cls(backbone, tokenizer, processor, limits["max_text_tokens"]).to(device)
+            side = processor.patch_size * processor.merge_size  # pixels of a visual token
+            pixels = limits["max_visual_tokens"] * side**2
+            # "shortest_edge", "longest_edge" are the least and the most pixels of an image, oddly.
+            processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
+            _add_ret_token(tokenizer, backbone)
+            model = cls(backbone, tokenizer, processor, limits["max_text_tokens"]).to(device)
+            # Whatever else is wrong in the folder, template or processor, shows in a first item.
+            trial = model.encode({"text": "a", "image": Image.new("RGB", (56, 56))},
+                                 show_progress=False)
+            if not trial.isfinite().all():
+                raise ValueError("its embeddings are not finite")
+        return model
 
     def save_pretrained(self, folder):
         """Write an ordinary transformers checkpoint; the stock classes load it without this file.
@@ -110,20 +114,12 @@ class PUMA(nn.Module):
         `[RET]`, image processor, model card. Written beside `folder` and renamed when whole: a
         kill leaves no half folder. Raises FileExistsError if `folder` exists.
         """
-        folder = Path(folder)
-        if folder.exists():
-            raise FileExistsError(f"{folder} exists: choose another folder for the model")
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed save
         with torch.no_grad():  # the trained row goes back into the table
             self.backbone.get_input_embeddings().weight[self.ret_id] = self.ret_embedding
-        try:
+        with new_folder(folder) as temporary:
             for part in (self.backbone, self.tokenizer, self.image_processor):
                 part.save_pretrained(temporary)
             (temporary / "README.md").write_text(self._card(), encoding="utf-8")
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _card(self):
         layers, size = len(self.backbone.language_model.layers), self.backbone.num_parameters()
@@ -261,7 +257,7 @@ class PUMA(nn.Module):
         `forward` replaces the model as the function of a batch; if it returns (B, ..., D), for
         example the states of several depths, so does this. Raises ValueError on a bad item.
         """
-        if isinstance(items, str | Path | dict | Image):  # a str is a sequence, too: of letters
+        if isinstance(items, str | Path | dict | Image.Image):  # a str has letters
             return self.encode([items], batch_size, normalize, show_progress, forward)[0]
         items = list(items)
         # By length, so that no batch is mostly padding; what does not fit into memory fails first.
@@ -299,8 +295,9 @@ def to_device(batch, device):
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def check_folder(name_or_path):
-    """ValueError if a local folder lacks a part of a model. A hub id looks like "Qwen/Qwen2-VL"."""
+def load_config(name_or_path):
+    """The transformers config of a folder or hub id like "Qwen/Qwen2-VL". ValueError if the folder
+    lacks a part, or holds something else than files, or another kind of model."""
     folder = Path(name_or_path)
     if not folder.exists() and (len(folder.parts) != 2 or folder.parent.exists()):
         raise ValueError(f"model folder {name_or_path} does not exist")
@@ -308,9 +305,17 @@ def check_folder(name_or_path):
         if folder.exists() and not (folder / file).is_file():
             hint = f"; did you mean {folder / 'model'}?" if (folder / "model").is_dir() else ""
             raise ValueError(f"{folder} is no complete model: expected {folder / file}{hint}")
+    if folder.exists():
+        for path in folder.iterdir():
+            path.is_dir() or regular(path)
+    with _loading(name_or_path):
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
+            raise ValueError(f"it is a {config.model_type}, not Qwen2-VL or Qwen2.5-VL")
+    return config
 
 
-def _check_weights(name, report, depth):
+def _check_weights(report, depth):
     """ValueError unless the file held the model's weights; dropped layers and LM head apart."""
     wrong = [*report["missing_keys"], *map(str, report["mismatched_keys"])]
     for key in report["unexpected_keys"]:
@@ -319,7 +324,7 @@ def _check_weights(name, report, depth):
             wrong.append(key)
     if wrong:
         wrong = f"{len(wrong)} missing, unexpected or of another shape, first {min(wrong)}"
-        raise ValueError(f"the weights of {name} are not those of its config.json: {wrong}")
+        raise ValueError(f"its weights are not those of its config.json: {wrong}")
 
 
 def _add_ret_token(tokenizer, backbone):
@@ -343,8 +348,9 @@ def _loading(name):
     try:
         yield
     except Exception as error:  # noqa: BLE001  broken folders raise errors of every kind
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         text = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"cannot load {name}: {type(error).__name__}: {text}") from error
+        raise ValueError(f"cannot load {name}: {kind}{text}") from error
     finally:
         logging.set_verbosity(level)
         logging.enable_progress_bar()

@@ -5,18 +5,32 @@
 """
 
 import argparse
-import math
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args, get_origin
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
+
+from support.files import MANY, check_option
 
 DEFAULT_DATA = "data/glyph_beir"
 
 
 def arg(default, why):
     return HfArg(default=default, help=why)
+
+
+RANGES = {  # of numbers, and of a text's length; otherwise 0..1,000,000
+    (2, MANY): ("batch_size", "stage1_batch_size"),
+    (1, MANY): ("model", "data", "keep_layers", "tasks_per_batch", "max_visual_tokens",
+                "max_text_tokens", "checkpoint_every", "keep_checkpoints"),
+    (0, 1): ("warmup", "weight_decay", "distill_weight"),
+    (0, 0.99): ("lora_dropout", "stage1_lora_dropout"),
+    (1e-12, 1): ("lr", "stage1_lr"), (1e-6, MANY): ("lora_alpha",),
+    (1e-3, 100): ("temperature", "stage1_temperature"),
+    (0, 10): ("decay",), (0, 100): ("intra_offset",), (0, 1024): ("workers",),
+    (0, 2**31): ("seed",),
+}
 
 
 @dataclass
@@ -26,19 +40,19 @@ class Config:
     preset: Literal["toy", "paper-2b", "paper-7b"] = arg("toy", "where the other defaults are from")
     model: str = arg("toy/tiny-qwen2-vl", "MLLM to prune: folder or hub id (paper: Qwen2-VL-7B)")
     data: str = arg(DEFAULT_DATA, "M-BEIR directory; GlyphBEIR is written there if absent")
-    out: str = arg("", "run folder, must not exist; default: the next free runs/puma-N")
+    out: str = arg("", "run folder, a new one; default: the next free runs/puma-N")
     keep_layers: int = arg(4, "decoder layers to keep (paper: 12 of 28; here: 4 of 8)")
     keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
     # the two stages
     stage1_steps: int = arg(10, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
     stage2_steps: int = arg(480, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
     batch_size: int = arg(128, "pairs a step, of all processes together (paper: 600)")
-    stage1_batch_size: int | None = arg(None, "pairs a step in stage 1 (paper: 288); default: same")
+    stage1_batch_size: int | None = arg(None, "the same for stage 1 (paper: 288)")
     chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
-    tasks_per_batch: int = arg(2, "tasks in a batch, several so that both kinds of negatives occur")
-    lr: float = arg(3e-3, "peak learning rate (paper, LoRA: 3e-4; here all weights, tiny)")
-    stage1_lr: float | None = arg(None, "the same for stage 1 (paper: 2e-4); default: as stage 2")
-    warmup: float = arg(0.03, "share of a stage's steps with rising learning rate (paper: 0.03)")
+    tasks_per_batch: int = arg(2, "tasks in a batch; with several both kinds of negatives occur")
+    lr: float = arg(3e-3, "peak learning rate (paper, LoRA: 3e-4; here all weights)")
+    stage1_lr: float | None = arg(None, "the same for stage 1 (paper: 2e-4)")
+    warmup: float = arg(0.03, "share of a stage's steps with a rising lr (paper: 0.03)")
     weight_decay: float = arg(0.0, "AdamW's weight decay (paper: 0)")
     labels: int = arg(0, "use only so many labelled queries (pure distillation: all); 0: all")
     # the losses
@@ -48,7 +62,7 @@ class Config:
     schedule: bool = arg(True, "tau_hard falls with training progress; off: low from the start")
     loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")
     positive_temperature: Literal["hard", "base"] = arg("hard", "positive's tau (official: hard)")
-    intra_offset: float = arg(0.0, "m added to intra-modality logits, ramped (not in the paper)")
+    intra_offset: float = arg(0.0, "m added to intra-modality logits (not in the paper)")
     mask_duplicates: bool = arg(True, "another right target is no negative (official: it is one)")
     teacher: str = arg("", "teacher of stage 1; default: the unpruned model, as in the paper")
     distill_weight: float = arg(0.1, "w: share of L_distill in stage 1 (paper: 0.1)")
@@ -62,10 +76,10 @@ class Config:
     max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
     max_text_tokens: int = arg(450, "instruction + text are cut there (paper: 450)")
     # the run
-    workers: int = arg(1, "processes that prepare batches; on a GPU one a core (15 ms a photo)")
+    workers: int = arg(1, "processes that prepare batches; on a GPU one a core")
     checkpoint_every: int = arg(200, "steps between checkpoints")
     keep_checkpoints: int = arg(2, "so many of the newest are kept")
-    seed: int = arg(0, "batches, instructions and choice of positives follow from it")
+    seed: int = arg(0, "batches, instructions, choice of positives follow from it")
     resume: str = arg("", "run folder to continue; all else comes from its config.json")
     device: str = arg("", "torch device; default: cuda if there is one")
     eval: bool = arg(True, "evaluate at the end: the MLLM, the pruned MLLM and PUMA")
@@ -75,21 +89,28 @@ class Config:
         own = getattr(self, f"stage1_{name}") if stage == 1 else None
         return getattr(self, name) if own is None else own
 
+    def decisive(self):
+        """{name: value} of those that the trained weights depend on: a checkpoint goes with them.
+        """
+        free = "out resume device workers eval checkpoint_every keep_checkpoints".split()
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
     def check(self):
-        """ValueError, naming the option and its value, if a number is out of range."""
-        positive = ("batch_size", "tasks_per_batch", "lr", "temperature", "stage1_batch_size",
-                    "stage1_lr", "stage1_temperature", "checkpoint_every", "keep_checkpoints",
-                    "lora_alpha", "max_visual_tokens", "max_text_tokens")
+        """ValueError, naming the option and its value, if one has a wrong type or range."""
+        ranges = {name: limits for limits, names in RANGES.items() for name in names}
         for field in fields(self):
-            value, option = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
-            if not isinstance(value, int | float):
-                continue
-            least = "greater than 0" if field.name in positive else "0 or greater"
-            if not 0 <= value < math.inf or value == 0 and field.name in positive:
-                raise ValueError(f"{option} must be {least} and finite, got {value}")
-            if value > 1 and field.name in ("warmup", "distill_weight") or (
-                    value >= 1 and field.name.endswith("dropout")):
-                raise ValueError(f"{option} must be 0..1, got {value}")
+            value, kind = getattr(self, field.name), Config.__annotations__[field.name]
+            option = f"--{field.name.replace('_', '-')}"
+            if get_origin(kind) is Literal:
+                if value not in get_args(kind):
+                    raise ValueError(f"{option} must be of {get_args(kind)}, got {value!r}")
+            else:
+                check_option(option, value, kind, *ranges.get(field.name, (0, MANY)))
+        for stage in (1, 2):
+            pairs = getattr(self, f"stage{stage}_steps") * self.of_stage(stage, "batch_size")
+            check_option(f"--stage{stage}-steps times --batch-size", pairs, int, 0, 100 * MANY)
+        if self.labels == 1:
+            raise ValueError("--labels must be 0 (all) or at least 2, got 1: nothing to tell apart")
 
 
 # The recipe of the paper (its table of settings; 4 x 80 GB) for one GPU: `chunk_size` is ours and

@@ -17,8 +17,7 @@ Read `stage_losses` (the formulas), `plain_step` (one step), `train_stage` (the 
 `large_batch_step`. Shapes: B pairs, hence 2B items a step; D width.
 """
 
-import json
-import sys
+import signal
 import time
 from dataclasses import asdict
 from functools import partial
@@ -26,20 +25,21 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, get_cosine_schedule_with_warmup
+from transformers import AutoModel, get_cosine_schedule_with_warmup
 
 import evaluate
 from data import Benchmark, TrainSet, duplicate_mask
 from mac_loss import hard_temperature, mac_loss
 from prune_distill import distill_loss, find_decoder, prune_layers
-from puma import PUMA, check_folder, to_device
+from puma import PUMA, load_config, to_device
 from settings import Config, parse
 from support import distributed
+from support.files import clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
-from support.run import Run, count_flops
+from support.run import Run, count_flops, measure_peak
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
@@ -141,39 +141,83 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
     step_of = plain_step if alone and not config.chunk_size else large_batch_step
     items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
-        flops = count_flops(step_of, student, teacher, move(batcher(dataset[0]), device), stage,
-                            0.0, config) * distributed.world_size() / items
+        batch = move(next(batches(dataset, batcher, 0, 0)), device)
+        flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
+        flops *= distributed.world_size() / items
     # Dropout follows from seed, stage and rank alone, whatever was drawn before.
     torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
     if first:
         run.load_state(optimizer, schedule)  # with the random numbers of that step
-    # Its own generator: the loader's seeds would be drawn from the one that makes the dropout.
-    loader = DataLoader(Subset(dataset, range(first, steps)), batch_size=None, collate_fn=batcher,
-                        num_workers=config.workers, generator=torch.Generator())
-    if run.writes:  # one bar for all processes
-        loader = tqdm(loader, initial=first, total=steps, desc=f"stage {stage}", unit="step")
-    started = time.perf_counter()
-    for step, batch in enumerate(loader, first):
-        batch = move(batch, device)
-        optimizer.zero_grad()
-        with autocast(device):
-            losses = step_of(student, teacher, batch, stage, step / steps, config)
-        if not losses["loss"].isfinite():  # before it spoils the weights and later checkpoints
-            raise ValueError(f"stage {stage}, step {step + 1}: the loss is {losses['loss']:.0f}; "
-                             f"stopped, {run.checkpoints} has the last good weights")
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
-        optimizer.step()
-        schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine
+    bar = tqdm(batches(dataset, batcher, config.workers, first), f"stage {stage}", steps,
+               initial=first, unit="step", disable=not run.writes)  # one for all processes
+    started, step = time.perf_counter(), first - 1
+    try:
+        for step, batch in enumerate(bar, first):
+            batch = move(batch, device)
+            optimizer.zero_grad()
+            with autocast(device):
+                losses = step_of(student, teacher, batch, stage, step / steps, config)
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
+            if not (losses["loss"] + norm).isfinite():  # before it spoils weights and checkpoints
+                raise ValueError(f"stage {stage}, step {step + 1}: loss {losses['loss']:.3g}, "
+                                 f"gradient {norm:.3g}; stopped, the last good weights are in "
+                                 f"{run.checkpoints}; the batch: {batch['about']}")
+            optimizer.step()
+            schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine
 
-        row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
-               "masked_duplicates": batch["masked_duplicates"]}
-        run.log(row, items, flops, started, loader)
-        started = time.perf_counter()
-        stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one rank only
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
+            row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
+                   "masked_duplicates": batch["masked_duplicates"]}
+            run.log(row, items, flops, started, bar)
+            started = time.perf_counter()
+            stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one only
+            if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
+                run.save(student, optimizer, schedule, stage, step + 1)
+            if stopping:
+                raise KeyboardInterrupt(f"; {run.how_to_continue}")
+    except ChildProcessError as error:
+        if step >= first and alone:
             run.save(student, optimizer, schedule, stage, step + 1)
-        if stopping:
-            raise KeyboardInterrupt(f"; continue with: python train.py --resume {run.folder}")
+        raise ChildProcessError(f"{error}; {run.how_to_continue}") from error
+
+
+def batches(dataset, batcher, workers, first):
+    """Yield the batches from step `first` on, prepared by `workers` processes. ValueError for bad
+    data, with its file and line; ChildProcessError if a worker is killed, for its memory, say."""
+    # Its own generator: the loader's seeds would be drawn from the one that makes the dropout.
+    found = iter(DataLoader(range(first, len(dataset)), batch_size=None, num_workers=workers,
+                            collate_fn=partial(load_step, dataset, batcher),
+                            worker_init_fn=ignore_stops, generator=torch.Generator()))
+    if workers:  # else torch raises in the middle of a step when a worker dies
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for batch in found:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        raise ChildProcessError(str(error).splitlines()[0]) from error
+
+
+def load_step(dataset, batcher, step):
+    """A step's batch, or the ValueError that names file and line of what cannot be read: raised in
+    a worker, it would come wrapped in the worker's traceback."""
+    pairs = {"queries": [], "targets": [], "places": []}
+    try:
+        pairs = dataset[step]
+        return batcher(pairs)
+    except ValueError as wrong:
+        for item, place in zip(pairs["queries"] + pairs["targets"], pairs["places"]):
+            try:
+                batcher.model.collate([item])
+            except ValueError as error:
+                return ValueError(f"{place}: {error}")
+        return wrong
+
+
+def ignore_stops(_worker):
+    """A signal to all of a run's processes stops the first one, and that one its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Batcher:
@@ -199,7 +243,7 @@ class Batcher:
             "order": torch.tensor(sum(shares, [])).argsort(),  # item -> its place in the shares
             "modality": pairs["modality"],  # (B,) of the targets
             "distilled": torch.tensor([not (text_only and item["image"]) for item in items]),  # 2B
-            "masked_duplicates": 0,
+            "about": pairs["about"], "masked_duplicates": 0,
         }
         if self.config.mask_duplicates:  # (B, B) bool: other right targets are no negatives
             mask = duplicate_mask(pairs["positive_keys"], pairs["target_keys"])
@@ -262,9 +306,8 @@ def prepare_training(config, model):
 
 def print_plan(config, device):
     """What the run will take, before a weight is read; ValueError if a GPU has less memory."""
-    check_folder(config.model)
     with torch.device("meta"):  # shapes without memory
-        model = AutoModel.from_config(AutoConfig.from_pretrained(config.model))
+        model = AutoModel.from_config(load_config(config.model))
         decoder, whole = find_decoder(model), model.num_parameters()
         depth, layers = len(decoder.layers), sum(p.numel() for p in decoder.layers.parameters())
         if not 1 <= config.keep_layers <= depth:
@@ -286,60 +329,52 @@ def print_plan(config, device):
         raise ValueError(f"{gib:.1f} GiB are more than the {gpu:.1f} GiB of {device}: try {ways}")
 
 
-def prepare(config, device):
-    """Check what needs no weight; -> (config, run folder), or None if the run is finished."""
-    number = 1
-    while Path(f"runs/puma-{number}").exists():
-        number += 1
-    folder = Path(config.resume or config.out or f"runs/puma-{number}")
+def run_stages(config):
+    """Open the run's folder, new or with `--resume`, and do in it what is left to do."""
+    device, name = distributed.start(config.device), config.resume or config.out
     if config.resume:
         try:
-            config = Config(**json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            config = Config(**read_json(Path(name, "config.json")))
         except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"--resume {folder}: cannot read its config.json: {error}") from error
-    elif folder.exists():
-        raise ValueError(f"--out {folder} exists: choose another, or continue with --resume")
+            raise ValueError(f"--resume {name}: cannot read its config.json: {error}") from error
     config.check()
     for stage in (1, 2):
         size, ranks = config.of_stage(stage, "batch_size"), distributed.world_size()
         if 2 * size % ranks:
             raise ValueError(f"--batch-size must be a multiple of {ranks} processes, got {size}")
-    if (folder / ("results.json" if config.eval else "model")).exists():
-        print(f"{folder} is finished: its model is {folder / 'model'}")
-        return None
-    evaluate.ensure_data(config.data)
-    print_plan(config, device)
-    return config, folder
+    with Run(name, asdict(config), config.decisive(), config.keep_checkpoints) as run:
+        if not (run.folder / ("results.json" if config.eval else "model")).exists():
+            train_and_evaluate(config, device, run)
+        elif run.writes:
+            print(f"{run.folder} is finished: its model is {run.folder / 'model'}")
 
 
-def run_stages(config):
+def train_and_evaluate(config, device, run):
     """Both stages and the evaluation, from the start or from the last checkpoint."""
-    device = distributed.start(config.device)
-    # The first process looks for a free folder and writes the default data; the others wait.
-    first = distributed.rank() == 0
-    prepared = distributed.gather_objects(prepare(config, device) if first else None)[0]
-    if prepared is None:
-        return
-    config, folder = prepared
+    folder, first = run.folder, run.writes  # of several processes the first writes
+    if first:
+        evaluate.ensure_data(config.data)
+        print_plan(config, device)
+    distributed.gather_objects(None)  # the others wait
     torch.manual_seed(config.seed)
     benchmark = Benchmark(config.data, config.seed)
+    last_stage, done = run.position()  # (1, 0) in a new run
     student = load_student(config, device)  # first k layers
     teacher = load_teacher(config, student, device)  # all layers
     adapters = prepare_training(config, student)
     sets = {stage: train_set(benchmark, config, stage) for stage in (1, 2)}
-
-    # The folder is made only now: bad input was refused, leaving none.
-    run = Run(folder, device, config.keep_checkpoints, asdict(config))
+    if done:
+        run.load_weights(student)
+    run.peak = measure_peak(device) * distributed.world_size()
     if first:
         peak = f"{run.peak / 1e9:.0f} GFLOP/s in a large matrix product"
         print(f"{folder}: {distributed.world_size()} x {device}, {peak}", flush=True)
-    last_stage, done = run.position()  # (1, 0) in a new run
-    if done:
-        run.load_weights(student)
+    run.training = True  # a stop now waits for the end of the step
     for stage in range(last_stage, 3):  # a resumed run may start in stage 2
         if (begin := done if stage == last_stage else 0) < len(sets[stage]):
             train_stage(stage, student, teacher, sets[stage], config, run, begin)
         teacher = None  # stage 2 has none: free its memory
+    run.training = False
     if not first:
         return
     distributed.stop()
@@ -355,20 +390,16 @@ def run_stages(config):
                   "pruned": load_student(config, device), "PUMA": student}
         evaluate.evaluate_models(models, folder / "model", config.data, out=folder,
                                  settings=asdict(config))
+        print(f"wrote {folder}: results.json, results.md, gallery.png")
 
 
 def main():
     config = parse(description=__doc__.split("\n")[0])
-    try:
-        run_stages(config)
-    except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as stop:
-        print(f"stopped{stop}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        distributed.stop()
+    with clear_errors():
+        try:
+            run_stages(config)
+        finally:
+            distributed.stop()
 
 
 if __name__ == "__main__":

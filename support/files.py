@@ -1,4 +1,4 @@
-"""JSON lines as sequences that stay on disk, what M-BEIR writes in them, safe writing.
+"""JSON lines as sequences that stay on disk, what M-BEIR writes in them; safe writing; errors.
 
     table = Table("pool.jsonl", lambda row: (len(row["txt"]),), "q", "a candidate")
     len(table), table[5_000_000], table.columns[0]
@@ -7,12 +7,17 @@ In memory stay the byte offset of each line and the integers that `columns` make
 pool of 5.6 million candidates takes 120 MB so, and some 10 GB as dictionaries.
 """
 
+import contextlib
 import json
 import os
 import random
 import re
+import shutil
+import signal
+import sys
 from array import array
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -21,6 +26,7 @@ from support.items import MODALITIES, check_text
 # What parsing a line may raise; RecursionError: JSON nested a thousand deep.
 BAD_LINE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
+MANY = 1_000_000  # no number on a command line may be larger, unless it says so
 DID = re.compile(r"([0-9]{1,6}):([0-9]{1,12})")
 
 
@@ -29,13 +35,20 @@ def refuse(path, number, text):
     raise ValueError(f"{path}:{number}: {text}" if number else f"{path}: {text}")
 
 
+def regular(path):
+    """The path; ValueError if there is something else than a file: a pipe would block for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        refuse(path, 0, "expected a regular file")
+    return Path(path)
+
+
 def parse_lines(path, parse, expected, on_error=refuse, header=0):
     """Yield (line number, byte offset, parse(line)) of lines that are not blank, after `header`.
 
     Where `parse` fails, on_error(path, line number, "expected ...") is called; if that does not
     raise, the line is left out."""
     end = 0
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         for number, line in enumerate(file, 1):
             start, end = end, end + len(line)
             if number <= header or line.isspace():
@@ -78,6 +91,9 @@ class Table:
             file.seek(self.starts[index])
             return json.loads(file.readline())
 
+    def place(self, index):
+        return f"{self.path}:{self.numbers[index]}"
+
 
 def did_key(did):
     """`9:77` (dataset 9, number 77) -> one integer, so that a million dids fit into an array."""
@@ -107,13 +123,15 @@ def modality_class(name):
 
 
 def check_content(text, image):
-    """Raise ValueError unless there is a text or an image, whose path may not leave the root."""
+    """-> modality class. ValueError unless there is a text, or an image inside the root, or both.
+    """
     if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
         raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
     check_text(text, "text")
     check_text(image, "image path")
     if image and (image.startswith("/") or ".." in image.split("/")):
         raise ValueError(f"expected an image path inside the data directory, got {image!r}")
+    return 0 if not image else 2 if text else 1
 
 
 def make_item(root, text, image):
@@ -132,7 +150,7 @@ class Pool:
 
     def __init__(self, tables, root, places=None):
         self.tables, self.root = tables, root
-        keys, modality = map(np.concatenate, zip(*(table.columns for table in tables)))
+        keys, modality = map(np.concatenate, zip(*(table.columns[:2] for table in tables)))
         self.starts = np.cumsum([0, *map(len, tables)])  # place of each table's first line
         if places is None:  # the first line of each did
             places = np.sort(np.unique(keys, return_index=True)[1])
@@ -150,13 +168,23 @@ class Pool:
         return len(self.places)
 
     def __getitem__(self, i):
+        table, line = self._line(i)
+        row = table[line]
+        return make_item(self.root, row.get("txt"), row.get("img_path"))
+
+    def _line(self, i):
+        """Candidate i's table, and its place in there."""
         place = int(self.places[i])  # raises IndexError beyond the end
         table = int(np.searchsorted(self.starts, place, side="right")) - 1
-        row = self.tables[table][place - int(self.starts[table])]
-        return make_item(self.root, row.get("txt"), row.get("img_path"))
+        return self.tables[table], place - int(self.starts[table])
 
     def name(self, i):
         return did_text(int(self.keys[i]))
+
+    def place(self, i):
+        """Candidate i's file and line, as text."""
+        table, line = self._line(i)
+        return table.place(line)
 
     def sample(self, keys, others, seed=0):
         """A smaller pool: the candidates with these keys, and up to so many others, drawn."""
@@ -164,6 +192,17 @@ class Pool:
         rest = sorted(set(range(len(self))) - rows)
         rows |= set(random.Random(seed).sample(rest, min(len(rest), others)))
         return Pool(self.tables, self.root, self.places[sorted(rows)])
+
+
+def read_json(path):
+    """The JSON object in a file. ValueError, naming the file, if there is something else in it."""
+    try:
+        value = json.loads(regular(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        refuse(path, 0, f"expected a JSON object ({error})")
+    if not isinstance(value, dict):
+        refuse(path, 0, f"expected a JSON object, got {str(value)[:40]}")
+    return value
 
 
 def write_text(path, text):
@@ -179,3 +218,72 @@ def write_text(path, text):
 def write_json(path, value):
     """As `write_text`; NaN and infinity are no JSON: a ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield a folder to write in, which gets the name `folder` when all is written: after an error
+    or a kill there is none of that name. FileExistsError if there is one, before or at the end."""
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder")
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a kill, if that process is gone
+        if Path("/proc/self").exists() and not Path("/proc", left.suffix[5:]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if folder.exists():
+                raise FileExistsError(f"another process has made {folder} meanwhile") from None
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_option(option, value, kind, least=0, most=MANY):
+    """ValueError, naming option and value, unless it is of this type and in `least`..`most`; a
+    text's length counts. `kind` may be `int | None`; a float may be written as an integer."""
+    kinds = get_args(kind) or (kind,)
+    fits = type(value) in kinds or type(value) is int and float in kinds
+    if value is None and fits:
+        return
+    size = len(value) if isinstance(value, str) else value
+    if not fits or not least <= size <= most:
+        what = "a text, not empty" if str in kinds else f"in {least:,}..{most:,}"
+        raise ValueError(f"{option} must be {what}, got {value!r:.80}")
+
+
+def printable(text):
+    """Text for a terminal or a picture: control characters and the like as their escapes."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def warn(path, number, text):
+    """Say what is odd in a file, but no reason to stop; the arguments as in `refuse`."""
+    place = f"{path}:{number}" if number else path
+    print(printable(f"warning: {place}: {text}"), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def clear_errors():
+    """Around a script's main: what goes wrong is one line on stderr, and the exit status 2, for
+    Ctrl-C and SIGTERM 130. Other errors are ours: they keep their traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows escapes
+        with contextlib.suppress(AttributeError):  # a notebook's has no encoding
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # cleans up as Ctrl-C does
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RuntimeError) and "memory" not in text:
+            raise
+        print(printable(f"error: {text}"), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"stopped{stop}", file=sys.stderr)
+        sys.exit(130)

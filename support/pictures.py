@@ -4,6 +4,7 @@ import textwrap
 
 import matplotlib
 
+from support.files import printable
 from support.items import load_image
 
 matplotlib.use("Agg")  # draws into files; no window, so it works on a server
@@ -67,11 +68,6 @@ def _draw_item(axis, item, title, colour, width):
         inset.axis("off")
     axis.text(0.5, 0.2 if image else 0.5, "\n".join(lines), ha="center", va="center",
               fontsize=7.5, parse_math=False)
-
-
-def printable(text):
-    """Text for a terminal or a picture: control characters and the like as their escapes."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 def draw_depths(path, rows):

@@ -4,6 +4,9 @@ Of several processes only the first one writes. A checkpoint is written beside i
 renamed when whole, so that neither a kill nor a full disk harms the one before.
 """
 
+import contextlib
+import hashlib
+import itertools
 import json
 import shutil
 import signal
@@ -11,34 +14,85 @@ import time
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout  # a package that torch itself needs
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import distributed
-from support.files import write_json, write_text
+from support.files import parse_lines, read_json, refuse, regular, write_json, write_text
+
+UNUSED = {".lock", "config.json", "config.json.tmp", "checkpoints"}  # a killed run's, with no step
 
 
 class Run:
-    """One run's folder, opened or made; `settings`, a dictionary, go to its config.json first.
-    `stopping` is True after Ctrl-C or SIGTERM."""
+    """A run's folder, made or opened again: `with Run("runs/a", settings, decisive) as run: ...`
 
-    def __init__(self, folder, device, keep_checkpoints=2, settings=None):
-        self.folder, self.keep_checkpoints = Path(folder), keep_checkpoints
+    name: "" takes the first free runs/puma-N. settings: what config.json is to hold; decisive:
+    those of them that the result depends on; a begun run is continued only with the same. Until
+    the end no other process can open the folder. A ValueError or OSError before the first step
+    removes a folder made here. Raises ValueError if it is taken.
+    """
+
+    def __init__(self, name, settings, decisive, keep_checkpoints=2):
+        self.decisive, self.keep_checkpoints = decisive, keep_checkpoints
+        self.writes, self.made = distributed.rank() == 0, False
+        folder = self._claim(name, settings) if self.writes else None
+        self.folder = distributed.gather_objects(folder)[0]
         self.metrics, self.checkpoints = self.folder / "metrics.jsonl", self.folder / "checkpoints"
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.writes = distributed.rank() == 0
-        if self.writes and settings:
-            write_json(self.folder / "config.json", settings)
-        self.metrics.touch()
-        self.peak = measure_peak(device) * distributed.world_size()
-        self.stopping = False
+        self.peak = float("inf")  # operations a second, for the MFU; see `measure_peak`
+        # Within a stage, a stop waits for the end of the step, which is then saved.
+        self.training = self.stopping = False
+        self.how_to_continue = f"continue with: python train.py --resume {self.folder}"
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
-    def _stop(self, number, _frame):
-        if self.stopping:  # asked twice: do not wait for the step
-            raise SystemExit(128 + number)
+    def _claim(self, name, settings):
+        for number in itertools.count(1):
+            folder = Path(name or f"runs/puma-{number}")
+            with contextlib.suppress(FileExistsError):  # of two processes, one makes it
+                folder.mkdir(parents=True)
+                self.made = True
+            if self.made or name:
+                break
+        found = {path.name for path in folder.iterdir()} - UNUSED
+        if found and not (folder / "config.json").exists():
+            raise ValueError(f"--out {folder} exists and is no run: choose another")
+        if found:  # a step is done
+            old = read_json(folder / "config.json")
+            self._compare(old, f"--out {folder} exists with another", "choose another folder")
+        self.lock = FileLock(folder / ".lock", timeout=0)  # of a killed process: free again
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"--out {folder} is in use by another process") from None
+        if not found:
+            write_json(folder / "config.json", settings)
+        for left in (folder / "checkpoints").glob("*.tmp"):
+            shutil.rmtree(left)
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return folder
+
+    def _compare(self, old, where, way_out):
+        """ValueError naming the first of the decisive settings that differs from `old`."""
+        for name, value in self.decisive.items():
+            if not isinstance(old, dict) or old.get(name, ...) != value:
+                was = old.get(name) if isinstance(old, dict) else old
+                raise ValueError(f"{where} {name}: {was!r:.80}, now {value!r:.80}; {way_out}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, _kind, error, _traceback):
+        if self.writes:
+            self.lock.release()
+            if self.made and isinstance(error, ValueError | OSError) and not self.metrics.exists():
+                shutil.rmtree(self.folder)
+
+    def _stop(self, _number, _frame):
+        if not self.training or self.stopping:  # asked twice: at once
+            raise KeyboardInterrupt(f"; {self.how_to_continue}")
         self.stopping = True
 
     def log(self, row, items, flops, started, bar):
@@ -55,11 +109,24 @@ class Run:
 
     def rows(self):
         """metrics.jsonl as dictionaries; a line cut off by a kill is left out."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+        def parse(line):
+            row = json.loads(line)
+            numbers = [row[name] for name in ("stage", "step", "contrastive", "hard_temperature")]
+            if not all(isinstance(n, int | float) for n in [*numbers, row["distill"] or 0]):
+                raise ValueError("some of them are no numbers")
+            return row
+
+        if not self.metrics.exists():
+            return []
+        whole = regular(self.metrics).read_bytes().count(b"\n")
+        lines = parse_lines(self.metrics, parse, "a step of training, a JSON object",
+                            lambda path, number, text: number > whole or refuse(path, number, text))
+        return [row for number, _, row in lines if number <= whole]
 
     def save(self, model, optimizer, schedule, stage, step):
-        """Trainable weights (safetensors), optimizer, schedule, each process's random state."""
+        """Trainable weights (safetensors), optimizer, schedule, each process's random state.
+        OSError if the disk is full; the checkpoints before stay."""
         random = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]  # [] without a GPU
         state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                  "random": distributed.gather_objects(random)}
@@ -67,37 +134,45 @@ class Run:
             return
         folder = self.checkpoints / f"stage{stage}-step{step:06d}"
         temporary = folder.with_suffix(".tmp")
-        temporary.mkdir(exist_ok=True)  # of a killed save
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-        save_file(weights, temporary / "model.safetensors")
-        torch.save(state, temporary / "state.pt")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        try:
+            temporary.mkdir()
+            save_file(weights, temporary / "model.safetensors")
+            torch.save(state, temporary / "state.pt")
+            facts = {"settings": self.decisive, "sha256": _digest(temporary)}
+            write_json(temporary / "checkpoint.json", facts)
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            text = str(error).splitlines()[0]
+            raise OSError(f"cannot write {folder}: {text}; those before are whole") from error
         for old in self._saved()[: -self.keep_checkpoints]:
             shutil.rmtree(old)
 
     def _saved(self):
-        return sorted(self.checkpoints.glob("stage?-step??????"))
+        return sorted(self.checkpoints.glob("stage[12]-step" + 6 * "[0-9]"))
 
     def position(self):
         """(stage, steps done in it) of the last checkpoint, (1, 0) without one. Drops later lines
-        of metrics.jsonl: those steps will be done again."""
-        name = self._saved()[-1].name if self._saved() else "stage1-step000000"
-        done = int(name[5]), int(name[-6:])
-        if self.writes:
+        of metrics.jsonl: those steps will be done again. ValueError if the checkpoint is not, to
+        the bit, what a run with these settings wrote."""
+        done = 1, 0
+        for folder in self._saved()[-1:]:
+            way_out = f"delete {folder} to continue from the one before"
+            facts = read_json(folder / "checkpoint.json")
+            if facts.get("sha256") != _digest(folder):
+                raise ValueError(f"{folder} is damaged: {way_out}")
+            self._compare(facts.get("settings"), f"{folder} was trained with another", way_out)
+            done = int(folder.name[5]), int(folder.name[-6:])
+        if self.writes and self.metrics.exists():
             kept = [row for row in self.rows() if (row["stage"], row["step"]) <= done]
             write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in kept))
         return done
 
     def load_weights(self, model):
-        """The last checkpoint's weights; ValueError unless they are the model's trained ones."""
-        path = self._saved()[-1] / "model.safetensors"
-        weights = load_file(path)
-        found = {(name, weight.shape) for name, weight in weights.items()}
-        own = {(name, p.shape) for name, p in model.named_parameters() if p.requires_grad}
-        if found != own:
-            name, shape = min(found ^ own)
-            raise ValueError(f"{path} is of another model than config.json says: {name} {shape}")
+        """The last checkpoint's weights into those of the model that are trained."""
+        weights = load_file(self._saved()[-1] / "model.safetensors")
         model.load_state_dict(weights, strict=False)  # frozen weights are not in it
 
     def load_state(self, optimizer, schedule):
@@ -108,6 +183,16 @@ class Run:
         cpu, gpu = state["random"][distributed.rank() % len(state["random"])]
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(gpu[: torch.cuda.device_count()])
+
+
+def _digest(folder):
+    """A checksum of a checkpoint's weights and state."""
+    found = hashlib.sha256()
+    for name in ("model.safetensors", "state.pt"):
+        with regular(folder / name).open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()
 
 
 def count_flops(function, *args):

@@ -1,6 +1,7 @@
 """Settings, the two training steps, LoRA, resuming, and a miniature of the main job."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,7 +15,6 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from conftest import MODEL, ROOT
-from safetensors.torch import load_file, save_file
 
 import settings
 import train
@@ -25,6 +25,7 @@ from prune_distill import find_decoder
 from puma import PUMA
 from support.lora import add_lora, set_dropout
 from support.report import score
+from support.run import Run
 
 CPU = torch.device("cpu")
 SMALL = {"batch_size": 12, "stage1_steps": 3, "stage2_steps": 5, "workers": 0}
@@ -81,14 +82,16 @@ def test_help_shows_every_setting_with_its_reason_and_every_preset(capsys):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("batch_size", 0), ("lr", -1.0), ("temperature", 0.0), ("stage1_steps", -3),
+    ("batch_size", 1), ("lr", -1.0), ("temperature", 0.0), ("stage1_steps", -3), ("labels", 1),
     ("temperature", float("nan")), ("lr", float("inf")), ("warmup", 1.5), ("distill_weight", 2.0),
-    ("lora_dropout", 1.0), ("keep_checkpoints", 0)])
+    ("lora_dropout", 1.0), ("keep_checkpoints", 0), ("workers", 10**9), ("decay", 1e9),
+    ("stage2_steps", 10**6), ("model", ""), ("data", 3), ("loss", "nonsense"), ("eval", 1),
+    ("stage1_lr", "3"), ("keep_layers", None), ("keep_layers", True)])
 def test_a_setting_out_of_range_is_named_with_its_value(field, value):
     with pytest.raises(ValueError) as error:
         train.Config(**{field: value}).check()
-    assert f"--{field.replace('_', '-')} must be" in str(error.value)
-    assert str(value) in str(error.value)
+    assert re.match(f"--{field.replace('_', '-')}.* must be", str(error.value))
+    assert str(value) in str(error.value).replace(",", "")
     train.Config(warmup=1, distill_weight=1, stage1_steps=0, lora_dropout=0).check()
 
 
@@ -422,53 +425,157 @@ def test_a_run_stopped_in_its_evaluation_goes_on_with_it_and_is_then_finished(
     assert capsys.readouterr().out.startswith(f"{folder} is finished")
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_name(uninterrupted, tmp_path, monkeypatch,
-                                                          capsys):
+def edit_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda run, last: (last / "state.pt").write_bytes((last / "state.pt").read_bytes()[:-1]),
+     "stage2-step000005 is damaged: delete"),
+    (lambda run, last: (last / "model.safetensors").write_bytes(
+        (last.parent / "stage1-step000003/model.safetensors").read_bytes()), "is damaged: delete"),
+    (lambda run, last: (last / "model.safetensors").unlink(), "model.safetensors"),
+    (lambda run, last: edit_json(last / "checkpoint.json", settings=[]), "trained with another"),
+    (lambda run, last: edit_json(run / "config.json", seed=7),
+     "stage2-step000005 was trained with another seed: 0, now 7"),
+    (lambda run, last: edit_json(run / "config.json", batchsize=7), "argument 'batchsize'"),
+    (lambda run, last: edit_json(run / "config.json", batch_size="7"), "--batch-size must be in"),
+    (lambda run, last: (run / "config.json").write_text("[]"), "expected a JSON object, got []"),
+    (lambda run, last: (run / "config.json").write_text("[" * 9999), "expected a JSON object"),
+    (lambda run, last: ((run / "config.json").unlink(), os.mkfifo(run / "config.json")),
+     "config.json: expected a regular file"),
+    (lambda run, last: (run / "metrics.jsonl").write_text("{}\n"),
+     "metrics.jsonl:1: expected a field 'stage'"),
+])
+def test_a_damaged_or_foreign_run_is_refused_in_one_line(harm, message, uninterrupted, tmp_path,
+                                                         monkeypatch, capsys):
     folder = tmp_path / "run"
     shutil.copytree(uninterrupted, folder)
     shutil.rmtree(folder / "model")
-    path = folder / "checkpoints/stage2-step000005/model.safetensors"
-    whole = load_file(path)
-    for change in ("missing", "shape"):
-        weights = dict(whole)
-        first = weights.pop("ret_embedding")
-        if change == "shape":
-            weights["ret_embedding"] = first[:-1].clone()
-        save_file(weights, path)
-        with pytest.raises(SystemExit):
-            run_main(monkeypatch, "--resume", folder)
-        error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "another model than config.json says" in error and "ret_embedding" in error
+    harm(folder, folder / "checkpoints/stage2-step000005")
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, "--resume", folder)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+def test_the_same_command_goes_on_and_another_one_is_refused(uninterrupted, glyph_beir, tmp_path,
+                                                             monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    shutil.rmtree(folder / "model")
+    run_main(monkeypatch, *arguments(glyph_beir, folder))
+    ours = (folder / "model/model.safetensors").read_bytes()
+    assert ours == (uninterrupted / "model/model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, *arguments(glyph_beir, folder, lr=1e-3))
+    assert "exists with another lr: 0.003, now 0.001; choose" in capsys.readouterr().err
+
+
+def test_two_runs_at_once_get_folders_of_their_own_and_never_share_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    first, second = Run("", {"a": 1}, {"a": 1}), Run("", {"a": 1}, {"a": 1})
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(number, handler)
+    assert [str(run.folder) for run in (first, second)] == ["runs/puma-1", "runs/puma-2"]
+    with pytest.raises(ValueError, match="runs/puma-1 is in use by another process"):
+        Run("runs/puma-1", {"a": 1}, {"a": 1})
+    with first, second:
+        pass
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_optimizer(
     glyph_beir, tmp_path, monkeypatch, capsys
 ):
-    folder = tmp_path / "run"
+    folder, step = tmp_path / "run", train.plain_step
+
+    def spoilt(*inputs):
+        losses = step(*inputs)
+        return {**losses, "loss": losses["loss"] * float("inf" if inputs[4] else 1)}
+
+    monkeypatch.setattr(train, "plain_step", spoilt)
     with pytest.raises(SystemExit) as stop:
-        run_main(monkeypatch, *arguments(glyph_beir, folder, lr=1e30, warmup=0, stage1_steps=0))
+        run_main(monkeypatch, *arguments(glyph_beir, folder, stage1_steps=0))
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "the loss is nan; stopped" in error, error
-    assert not (folder / "model").exists()
-    assert all(json.loads(row)["loss"] < 100 for row in (folder / "metrics.jsonl").open())
+    assert stop.value.code == 2 and "stage 2, step 2: loss inf, gradient " in error, error
+    rows = [json.loads(line) for line in (glyph_beir / "query/union_train").glob("*.jsonl")
+            .__next__().open()]
+    qids = re.findall(r"10:\d+", error)
+    assert len(qids) == 12 and set(qids) <= {row["qid"] for row in rows}
+    assert re.search(r"the batch: dataset 10, [a-z,]+ -> [a-z,]+; ", error)
+    assert not (folder / "model").exists() and len(metrics(folder)) == 1
 
 
-def test_sigterm_saves_and_stops_and_the_run_can_be_continued(glyph_beir, tmp_path, monkeypatch,
-                                                              uninterrupted, capsys):
-    folder = tmp_path / "stopped"
-    step = train.plain_step
+def test_bad_data_in_a_worker_is_named_with_file_and_line(glyph_beir, tmp_path, monkeypatch,
+                                                          capsys):
+    broken = tmp_path / "data"
+    shutil.copytree(glyph_beir, broken, copy_function=os.link)
+    (path,) = broken.glob("query/union_train/*.jsonl")
+    rows = [json.loads(line) for line in path.open()]
+    path.unlink()
+    for row in rows:
+        if row["query_img_path"]:
+            row["query_img_path"] = "mbeir_images/missing.png"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for workers in (0, 1):
+        with pytest.raises(SystemExit):
+            run_main(monkeypatch, *arguments(broken, tmp_path / "run", workers=workers,
+                                             tasks_per_batch=8, stage1_steps=0))
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        number = int(re.match(rf"error: {path}:(\d+): cannot read image ", error)[1])
+        assert rows[number - 1]["query_img_path"] and not (tmp_path / "run").exists(), error
 
-    def stop_in_the_second(*inputs):
-        if len((folder / "metrics.jsonl").read_text().splitlines()) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+
+def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(glyph_beir, tmp_path, monkeypatch,
+                                                                uninterrupted, capsys):
+    folder, step = tmp_path / "run", train.plain_step
+
+    def kill_in_the_second(*inputs):
+        if (folder / "metrics.jsonl").exists():  # the first is done
+            for child in multiprocessing.active_children():
+                child.kill()
         return step(*inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "plain_step", stop_in_the_second)
+        patch.setattr(train, "plain_step", kill_in_the_second)
         with pytest.raises(SystemExit) as stop:
-            run_main(patch, *arguments(glyph_beir, folder))
-    assert stop.value.code == 130
-    assert f"--resume {folder}" in capsys.readouterr().err
+            run_main(patch, *arguments(glyph_beir, folder, workers=1))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and f"--resume {folder}" in error, error
+    assert list((folder / "checkpoints").iterdir())
+    run_main(monkeypatch, "--resume", folder)
+    assert metrics(folder) == metrics(uninterrupted)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    with Run(tmp_path / "run", {}, {}) as run:
+        run.save(model, optimizer, schedule, 1, 1)
+        full = os.open("/dev/full", os.O_WRONLY)
+        monkeypatch.setattr(torch, "save", lambda *_: os.write(full, b"x"))
+        with pytest.raises(OSError, match="cannot write .*step000002: .*No space left"):
+            run.save(model, optimizer, schedule, 1, 2)
+        assert run.position() == (1, 1)
+        assert [path.name for path in run.checkpoints.iterdir()] == ["stage1-step000001"]
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["one process", "its whole group"])
+def test_sigterm_saves_and_stops_and_the_run_can_be_continued(group, glyph_beir, tmp_path,
+                                                              monkeypatch, uninterrupted):
+    folder = tmp_path / "stopped"
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(glyph_beir, folder, workers=1)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    while not (folder / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    (os.killpg if group else os.kill)(process.pid, signal.SIGTERM)
+    last = process.communicate(timeout=300)[1].strip().splitlines()[-1]
+    assert process.returncode == 130
+    assert last == f"stopped; continue with: python train.py --resume {folder}"
+    assert list((folder / "checkpoints").glob("stage*"))
     run_main(monkeypatch, "--resume", folder)
     assert metrics(folder) == metrics(uninterrupted)
 
@@ -477,7 +584,7 @@ def test_bad_input_gives_one_line_exit_status_2_and_no_folder(
     glyph_beir, tmp_path, monkeypatch, capsys
 ):
     taken = tmp_path / "taken"
-    taken.mkdir()
+    (taken / "something").mkdir(parents=True)
     broken = tmp_path / "data"
     for name in ("query/union_train", "cand_pool/global", "instructions"):
         (broken / name).mkdir(parents=True)
@@ -489,12 +596,12 @@ def test_bad_input_gives_one_line_exit_status_2_and_no_folder(
     (mistyped / "config.json").write_text('{"batchsize": 3}')
     cases = [
         (arguments(glyph_beir, out, keep_layers=9), "--keep-layers must be in 1..8, got 9"),
-        (arguments(glyph_beir, out, keep_layers=0), "--keep-layers must be in 1..8, got 0"),
+        (arguments(glyph_beir, out, keep_layers=0), "--keep-layers must be in 1..1,000,000"),
         (arguments(tmp_path / "nowhere", out), "expected the folder"),
         (arguments(broken, out), "x.jsonl:1: expected a field 'pos_cand_list'"),
-        (arguments(glyph_beir, taken), "taken exists: choose another"),
+        (arguments(glyph_beir, taken), "taken exists and is no run: choose another"),
         (arguments(glyph_beir, out, model=tmp_path), "expected"),
-        (arguments(glyph_beir, out, batch_size=0), "--batch-size must be greater than 0"),
+        (arguments(glyph_beir, out, batch_size=0), "--batch-size must be in 2..1,000,000, got 0"),
         (arguments(glyph_beir, out, device="nonsense"), "--device nonsense: "),
         (["--resume", tmp_path], "config.json"),
         (["--resume", mistyped], "cannot read its config.json: "),

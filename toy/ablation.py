@@ -165,7 +165,7 @@ def run_one(settings, seed, folder):
     student = train.load_student(config, device)
     teacher = train.load_teacher(config, student, device)
     work = folder / f"work-{os.getpid()}"
-    run = Run(work, device)
+    run = Run(work, {}, {})
     for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1):
         if steps:
             dataset = train.train_set(benchmark, config, stage)

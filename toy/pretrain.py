@@ -45,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Benchmark  # noqa: E402
 from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
-from puma import PROMPT, PUMA, RET, check_folder  # noqa: E402
+from puma import PROMPT, PUMA, RET, load_config  # noqa: E402
 from support.report import score  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
     INSTRUCTIONS,
@@ -424,7 +424,7 @@ def run(args):
         raise ValueError(f"need --steps >= 1, --batch-size >= 2 and a finite --lr > 0, got "
                          f"{args.steps}, {args.batch_size} and {args.lr}")
     if args.measure:
-        check_folder(args.measure)
+        load_config(args.measure)
     elif Path(args.out).exists():
         raise ValueError(f"--out {args.out} exists: choose another folder")
     if not Path(args.data).exists():
