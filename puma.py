@@ -81,7 +81,7 @@ class PUMA(nn.Module):
         config.puma = limits  # saved with the model: it is evaluated as it was trained
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
-        with _loading(name_or_path):
+        with loading(name_or_path):
             text_config = config.get_text_config()
             depth = text_config.num_hidden_layers
             check_option("keep_layers", keep_layers, int | None, 1, depth)
@@ -308,7 +308,7 @@ def load_config(name_or_path):
     if folder.exists():
         for path in folder.iterdir():
             path.is_dir() or regular(path)
-    with _loading(name_or_path):
+    with loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):
             raise ValueError(f"it is a {config.model_type}, not Qwen2-VL or Qwen2.5-VL")
@@ -340,7 +340,7 @@ def _add_ret_token(tokenizer, backbone):
 
 
 @contextlib.contextmanager
-def _loading(name):
+def loading(name):
     """Inside, transformers is quiet, and whatever goes wrong is one line."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list every weight of a dropped layer

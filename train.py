@@ -33,7 +33,7 @@ import evaluate
 from data import Benchmark, TrainSet, duplicate_mask
 from mac_loss import hard_temperature, mac_loss
 from prune_distill import distill_loss, find_decoder, prune_layers
-from puma import PUMA, load_config, to_device
+from puma import PUMA, load_config, loading, to_device
 from settings import Config, parse
 from support import distributed
 from support.files import clear_errors, read_json
@@ -243,7 +243,7 @@ class Batcher:
             "order": torch.tensor(sum(shares, [])).argsort(),  # item -> its place in the shares
             "modality": pairs["modality"],  # (B,) of the targets
             "distilled": torch.tensor([not (text_only and item["image"]) for item in items]),  # 2B
-            "about": pairs["about"], "masked_duplicates": 0,
+            "about": pairs.get("about"), "masked_duplicates": 0,
         }
         if self.config.mask_duplicates:  # (B, B) bool: other right targets are no negatives
             mask = duplicate_mask(pairs["positive_keys"], pairs["target_keys"])
@@ -306,8 +306,9 @@ def prepare_training(config, model):
 
 def print_plan(config, device):
     """What the run will take, before a weight is read; ValueError if a GPU has less memory."""
-    with torch.device("meta"):  # shapes without memory
+    with loading(config.model), torch.device("meta"):  # shapes without memory
         model = AutoModel.from_config(load_config(config.model))
+    with torch.device("meta"):
         decoder, whole = find_decoder(model), model.num_parameters()
         depth, layers = len(decoder.layers), sum(p.numel() for p in decoder.layers.parameters())
         if not 1 <= config.keep_layers <= depth:

@@ -36,7 +36,7 @@ import train  # noqa: E402
 from data import Benchmark  # noqa: E402
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
-from support.files import write_json, write_text  # noqa: E402
+from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
 from support.pictures import plt  # noqa: E402
 from support.report import modality_confusion, score  # noqa: E402
 from support.run import Run  # noqa: E402
@@ -125,15 +125,16 @@ class FrozenTower(PUMA):
     tokens = {}  # image path -> its visual tokens (V, D), its grid
 
     def patches(self, visuals):
-        new = [[path] for path in {path for [path] in visuals} - self.tokens.keys()]
+        new = [[image] for name, image in {str(image): image for [image] in visuals}.items()
+               if name not in self.tokens]
         if new:
             pixels, grids = super().patches(new)
             with torch.no_grad():
                 states = self.backbone.visual(pixels, grid_thw=grids).pooler_output
             counts = grids.prod(-1) // self.image_processor.merge_size**2
-            self.tokens |= {path: (part, grid) for [path], part, grid
+            self.tokens |= {str(image): (part, grid) for [image], part, grid
                             in zip(new, states.split(counts.tolist()), grids)}
-        parts, grids = zip(*(self.tokens[path] for [path] in visuals))
+        parts, grids = zip(*(self.tokens[str(image)] for [image] in visuals))
         return torch.cat(parts), torch.stack(grids)
 
     def visual_tokens(self, batch):
@@ -422,8 +423,14 @@ def main():
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"unknown group {sorted(unknown)[0]}: choose from {', '.join(GROUPS)}")
-    if args.seeds < 1 or args.workers < 1:
-        parser.error(f"need --seeds and --workers >= 1, got {args.seeds} and {args.workers}")
+    with clear_errors():
+        run(args)
+
+
+def run(args):
+    """Train what has no result yet, group by group, and write the report after each."""
+    check_option("--seeds", args.seeds, int, 1, len(T95) + 1)
+    check_option("--workers", args.workers, int, 1, 1024)
     os.chdir(ROOT)  # the paths in Config are relative to the repository
     weights = Path(BASE.model, "model.safetensors").read_bytes()
     args.work /= hashlib.sha256(weights).hexdigest()[:8]  # another MLLM has other results
@@ -431,11 +438,7 @@ def main():
     for group in () if args.report else args.groups or GROUPS:
         run_group(group, args.seeds, args.work, args.workers)
         write_report(args.work, ROOT / "docs")
-    try:
-        write_report(args.work, ROOT / "docs")
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    write_report(args.work, ROOT / "docs")
     print((ROOT / "docs/ablation.md").read_text())
 
 
