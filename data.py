@@ -332,11 +332,10 @@ class Checker(Benchmark):
 
         table = self.table(path, check_query)
         relevant = self.relevance(qrels, listed, check_qrel)
-        for pool in filter(None, {pools.get(searched), pools.get(union)}):
-            for number, qid in zip(table.numbers, table.columns[0]):
-                if (pool.find(list(relevant[qid])) < 0).all():
-                    self.problem(path, number, f"expected a positive of {did_text(qid)} in "
-                                 f"{pool.tables[0].path}")
+        local = pools.get(searched) or known
+        for number, qid in zip(table.numbers, table.columns[0]):
+            if (local.find(list(relevant[qid])) < 0).all():
+                self.problem(path, number, f"expected a positive of {did_text(qid)} in {searched}")
 
     def check_images(self, read):
         """Open each image by `read`, in threads; -> their number."""

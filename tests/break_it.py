@@ -496,7 +496,7 @@ def kills(rng, base):
     log = first.read_text(errors="replace")
     print(f"{about}, by {kill.__name__}: status {status:#x}", log, flush=True)
     assert os.WTERMSIG(status) != signal.SIGALRM, f"{about}: it went on"
-    changes = {"train.py": "run/", "evaluate.py": "results"}.get(script)
+    changes = {"train.py": "run/", "evaluate.py": "results"}.get(script, "glyph.tmp")
     status, text = command(*COMMANDS[name], changes=changes)
     if status and "--resume" in text:
         status, text = command(script, "--resume", "run", changes=changes)

@@ -526,6 +526,17 @@ def test_the_checker_does_without_a_global_pool_and_says_which_pool_is_missing(m
     assert check(mbeir)[1][-2] == expected
 
 
+def test_a_modality_that_contradicts_the_content_is_said_once(mbeir, check, capsys):
+    path = mbeir / POOL.format("cirr_task7")
+    for number in (2, 4):
+        edit(path, number, '"modality": "image"', '"modality": "text"')
+    said = f"{path}:2: a candidate is text but has image; 2 such lines"
+    assert Benchmark(mbeir).cells("test") and Benchmark(mbeir).pool(path)
+    assert capsys.readouterr().err == f"warning: {said}\n"
+    status, lines, _ = check(mbeir)
+    assert status == 1 and said in lines
+
+
 def test_an_image_cut_short_passes_by_its_header_and_not_when_decoded(mbeir, check):
     cut = mbeir / "mbeir_images/edis_candidate.png"
     cut.write_bytes(cut.read_bytes()[:2000])

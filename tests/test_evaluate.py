@@ -77,6 +77,20 @@ def test_trec_files_give_the_same_hit_rates_and_kinds_of_wrong_results(results, 
         assert kinds["right item"] == pytest.approx(cell["global"]["hit_rate@1"])
 
 
+def test_queries_without_a_right_candidate_in_a_pool_are_said_once(tmp_path, glyph_beir, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(glyph_beir, data, ignore=shutil.ignore_patterns("mbeir_images"))
+    path = data / "cand_pool/global/mbeir_union_test_cand_pool.jsonl"
+    rows = [line for line in path.read_text().splitlines() if '"modality": "text"' not in line]
+    path.write_text("\n".join(rows))
+    benchmark = Benchmark(data)
+    cells = [cell for cell in benchmark.cells("test", 5) if cell.name[-1] in "03"]
+    Embedded(benchmark, cells, "test", lambda items, _: torch.zeros(len(items), 1))
+    assert capsys.readouterr().err == (
+        f"warning: {path}: it has no right candidate for 5 of 5 queries of glyph_task3, which "
+        "count as misses\n")
+
+
 def test_the_results_are_written_before_any_picture(tmp_path, glyph_beir, model):
     (tmp_path / "gallery.png").mkdir()  # so that drawing fails
     with pytest.raises(OSError):
@@ -141,6 +155,7 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
     missing, empty = tmp_path / "missing\33[31m", tmp_path_factory.mktemp("empty")
     name = str(missing).replace("\33", "\\x1b")
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     model = ("--data", glyph_beir, model[0])
     cases = [
         (("--data", tmp_path, model[2]), "is no M-BEIR directory: expected the folder"),
@@ -151,6 +166,10 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
         ((*model, "--limit", "0"), "--limit must be in 1..1,000,000, got 0"),
         ((*model, "--batch-size", "-1"), "--batch-size must be in 1..1,000,000, got -1"),
         ((*model, "--pool", glyph_beir), "give --query or --image"),
+        ((*model, "--out", ""), "--out must be a text, not empty"),
+        ((*model, "--out", tmp_path / "file/x"), "Not a directory"),
+        ((*model, "--popularity-penalty", "nan"), "--popularity-penalty must be in 0..1,000,000"),
+        ((*model, "--limit", 10**9), "--limit must be in 1..1,000,000, got 1000000000"),
         ((*model, "--query", "a", "--pool", empty), f"--pool {empty}"),
         ((*model, "--query", "a", "--k", "0"), "--k must be in 1..1,000,000, got 0"),
         ((*model, "--depths", "2,x"), "--depths must be all or numbers like 2,4, got 2,x"),
@@ -160,7 +179,7 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
     for arguments, message in cases:
         status, _, errors = run_cli(monkeypatch, capsys, *arguments)
         assert status == 2 and len(errors) == 1 and message in errors[0], (arguments, errors)
-    assert not list(tmp_path.iterdir()), "nothing may be left behind"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing may be left"
 
 
 def test_a_search_prints_ten_candidates_of_the_embeddings_that_are_there_and_draws_them(
