@@ -53,14 +53,15 @@ def search(queries, candidates, k, chunk_size=CHUNK, rows=None, device=None):
         shapes = tuple(queries.shape), (count, candidates.shape[1])
         raise ValueError(f"cannot search: the shapes of queries and candidates are {shapes}")
     dtype = torch.promote_types(queries.dtype, torch.float32)
-    queries = queries.to(device or queries.device, dtype)
+    queries = queries.to(device, dtype)
     scores, found = queries[:, :0], queries[:, :0].long()  # of the chunks so far
     for start in range(0, count, chunk_size):
         part = slice(start, start + chunk_size)
         chunk = candidates[part if rows is None else rows[part]].to(queries.device, dtype)
         for what, first, vectors in (("query", 0, queries), ("candidate", start, chunk)):
-            for row in (~vectors.isfinite().all(1)).nonzero()[:1]:
-                raise ValueError(f"the embedding of {what} {first + int(row)} is NaN or infinite")
+            if not (good := vectors.isfinite().all(1)).all():
+                row = first + int(good.int().argmin())
+                raise ValueError(f"the embedding of {what} {row} is NaN or infinite")
         parts = [stable_topk(block @ chunk.T, k) for block in queries.split(BLOCK)]
         values, columns = map(torch.cat, zip(*parts))
         # What was best so far stands left of the chunk, so that ties keep the pool's order.
@@ -123,7 +124,9 @@ def embed_to_file(path, items, encode, width, skip_bad=False, chunk_size=1_024):
         except (ValueError, EOFError) as error:
             raise ValueError(f"cannot use the embeddings {path}: {error}; delete it") from error
         todo = [i for i in range(rank, len(starts), distributed.world_size()) if not done[i]]
-        for i in tqdm(todo, "encode", unit="chunk", disable=rank > 0 or not todo, leave=False):
+        if rank == 0 and todo:
+            todo = tqdm(todo, "encode", unit="chunk", leave=False)
+        for i in todo:
             rows = range(len(items))[starts[i] : starts[i] + chunk_size]
             part = _encode(items, rows, encode, width, skip_bad)
             # Through the file, not the map: a full disk is then an error and not a SIGBUS.
@@ -150,15 +153,18 @@ def _create(path, shape, chunks):
 
 
 def _encode(items, rows, encode, width, skip_bad):
-    """Embeddings (rows, width); with `skip_bad`, NaN for an item that `encode` refuses."""
+    """Embeddings (rows, width); an item that `encode` refuses is named, or, with `skip_bad`, NaN.
+    """
     try:
         out = encode([items[i] for i in rows])
-    except ValueError:
-        if not skip_bad:
-            raise
-        if len(rows) == 1:
+    except ValueError as error:
+        if len(rows) > 1:  # which of them?
+            return torch.cat([_encode(items, [i], encode, width, skip_bad) for i in rows])
+        if skip_bad:
             return torch.full((1, width), torch.nan)
-        return torch.cat([_encode(items, [i], encode, width, skip_bad) for i in rows])
-    for bad in (~out.isfinite().all(1)).nonzero()[:1]:
-        raise ValueError(f"the model's embedding of {items[rows[int(bad)]]} is NaN or infinite")
+        place = f"{items.place(rows[0])}: " if hasattr(items, "place") else ""
+        raise ValueError(f"{place}{error}") from error
+    if not (good := out.isfinite().all(1)).all():
+        bad = items[rows[int(good.int().argmin())]]
+        raise ValueError(f"the model's embedding of {bad} is NaN or infinite")
     return out

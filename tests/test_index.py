@@ -100,7 +100,7 @@ def start(code, path, **variables):
                             stderr=subprocess.PIPE)
 
 
-def test_a_run_that_was_killed_continues_where_it_stopped(tmp_path):
+def test_a_run_that_was_killed_continues_where_it_stopped(tmp_path, capsys):
     path = tmp_path / "a.npy"
     child = start("embed_in_fours(sys.argv[1], encode=Encoder(0.05))", path)
     while not path.exists() or not np.load(path)[15].any():  # the fourth chunk
@@ -110,11 +110,15 @@ def test_a_run_that_was_killed_continues_where_it_stopped(tmp_path):
     child.communicate()
     encode = Encoder()
     vectors = embed_in_fours(path, encode=encode)
+    bar = capsys.readouterr().err
+    assert "encode" in bar and bar.endswith("\r"), "a bar that goes when all is done"
     left = len(encode.seen)
     assert 0 < left <= 50 - 12 and encode.seen == TEXTS[50 - left :], "killed in the middle"
     assert torch.equal(vectors, EXPECTED)
+    capsys.readouterr()
     again = Encoder()
     assert torch.equal(embed_in_fours(path, encode=again), EXPECTED) and again.seen == []
+    assert capsys.readouterr().err == "", "a bar only where there is something to do"
     assert np.array_equal(np.load(path), EXPECTED.numpy()), "an ordinary .npy file"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -237,6 +241,14 @@ def test_the_files_of_a_hub_model_are_under_results(tmp_path, monkeypatch):
     assert not list((tmp_path / "hub").iterdir()), "the hub's folder is not ours"
 
 
+def test_the_files_of_a_model_in_a_read_only_folder_are_under_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/puma-1/model").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    Store("runs/puma-1/model").embed(TEXTS, [], Encoder(), 3)
+    assert len(list(tmp_path.glob("results/puma-1-model/cache/*.npy"))) == 1
+
+
 def test_unreadable_items_are_named_or_skipped(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     items = [{"text": "text 1"}, {"image": str(tmp_path / "bad.png")}, {"text": "text 2"}]
@@ -254,5 +266,10 @@ def test_unreadable_items_are_named_or_skipped(tmp_path):
         vectors = store.embed(items, [], encode, 3, skip_bad=True)
         assert vectors.isnan().all(1).tolist() == [False, True, False]
         assert vectors[2].tolist() == [2, 6, 1]
+    with pytest.raises(ValueError, match="^cannot read image .*bad.png"):
+        embed_to_file(tmp_path / "d.npy", items, encode, 3)
+    placed = type("Placed", (list,), {"place": lambda self, i: f"pool.jsonl:{i + 1}"})(items)
+    with pytest.raises(ValueError, match="^pool.jsonl:2: cannot read image .*bad.png"):
+        embed_to_file(tmp_path / "e.npy", placed, encode, 3)
     nothing = embed_to_file(tmp_path / "c.npy", items[1:2], encode, 3, skip_bad=True)
     assert nothing.isnan().all()
