@@ -17,7 +17,6 @@ Read `stage_losses` (the formulas), `plain_step` (one step), `train_stage` (the 
 `large_batch_step`. Shapes: B pairs, hence 2B items a step; D width.
 """
 
-import signal
 import time
 from dataclasses import asdict
 from functools import partial
@@ -25,7 +24,6 @@ from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
@@ -39,7 +37,7 @@ from support import distributed
 from support.files import clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
-from support.run import Run, count_flops, measure_peak
+from support.run import Run, count_flops, measure_peak, prepared
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
@@ -129,7 +127,7 @@ def large_batch_step(student, teacher, batch, stage, progress, config):
 
 def train_stage(stage, student, teacher, dataset, config, run, first=0):
     """Do the steps first..len(dataset) of one stage; `first` > 0 continues from the checkpoint."""
-    steps, batcher, device = len(dataset), Batcher(student, config), student.device
+    steps, batcher, device = len(dataset), Batcher(student, config, dataset), student.device
     weights = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=config.of_stage(stage, "lr"), betas=(0.9, 0.98),
                                   eps=1e-7, weight_decay=config.weight_decay)  # as in the paper
@@ -141,15 +139,16 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
     step_of = plain_step if alone and not config.chunk_size else large_batch_step
     items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
-        batch = move(next(batches(dataset, batcher, 0, 0)), device)
+        batch = move(batcher.step(0), device)
         flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
         flops *= distributed.world_size() / items
     # Dropout follows from seed, stage and rank alone, whatever was drawn before.
     torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
     if first:
         run.load_state(optimizer, schedule)  # with the random numbers of that step
-    bar = tqdm(batches(dataset, batcher, config.workers, first), f"stage {stage}", steps,
-               initial=first, unit="step", disable=not run.writes)  # one for all processes
+    batches = prepared(batcher.step, range(first, steps), config.workers)
+    bar = tqdm(batches, f"stage {stage}", steps, initial=first, unit="step",
+               disable=not run.writes)  # one bar for all processes
     started, step = time.perf_counter(), first - 1
     try:
         for step, batch in enumerate(bar, first):
@@ -180,55 +179,28 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
         raise ChildProcessError(f"{error}; {run.how_to_continue}") from error
 
 
-def batches(dataset, batcher, workers, first):
-    """Yield the batches from step `first` on, prepared by `workers` processes. ValueError for bad
-    data, with its file and line; ChildProcessError if a worker is killed, for its memory, say."""
-    # Its own generator: the loader's seeds would be drawn from the one that makes the dropout.
-    found = iter(DataLoader(range(first, len(dataset)), batch_size=None, num_workers=workers,
-                            collate_fn=partial(load_step, dataset, batcher),
-                            worker_init_fn=ignore_stops, generator=torch.Generator()))
-    if workers:  # else torch raises in the middle of a step when a worker dies
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        for batch in found:
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        raise ChildProcessError(str(error).splitlines()[0]) from error
-
-
-def load_step(dataset, batcher, step):
-    """A step's batch, or the ValueError that names file and line of what cannot be read: raised in
-    a worker, it would come wrapped in the worker's traceback."""
-    pairs = {"queries": [], "targets": [], "places": []}
-    try:
-        pairs = dataset[step]
-        return batcher(pairs)
-    except ValueError as wrong:
-        for item, place in zip(pairs["queries"] + pairs["targets"], pairs["places"]):
-            try:
-                batcher.model.collate([item])
-            except ValueError as error:
-                return ValueError(f"{place}: {error}")
-        return wrong
-
-
-def ignore_stops(_worker):
-    """A signal to all of a run's processes stops the first one, and that one its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 class Batcher:
     """TrainSet's pairs -> what a step takes. Runs in the loader's worker processes.
 
     Every rank reads the pairs of the whole batch, which are small, and its own share's images.
     """
 
-    def __init__(self, model, config):
-        self.model, self.config = model, config
+    def __init__(self, model, config, dataset=None):
+        self.model, self.config, self.dataset = model, config, dataset
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
+
+    def step(self, number):
+        """The batch of a step of `dataset`. ValueError naming file and line of a bad item."""
+        pairs = self.dataset[number]
+        try:
+            return self(pairs)
+        except ValueError:
+            for item, place in zip(pairs["queries"] + pairs["targets"], pairs["places"]):
+                try:
+                    self.model.collate([item])
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from error
+            raise
 
     def __call__(self, pairs):
         items = pairs["queries"] + pairs["targets"]

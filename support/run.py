@@ -11,6 +11,7 @@ import json
 import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout  # a package that torch itself needs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import distributed
@@ -193,6 +195,39 @@ def _digest(folder):
             while block := file.read(1 << 20):
                 found.update(block)
     return found.hexdigest()
+
+
+def prepared(make, steps, workers):
+    """Yield make(step) of each of `steps`, prepared by `workers` processes. A ValueError of make is
+    raised here as it was there; ChildProcessError if a worker is killed, for its memory, say."""
+    # Its own generator: the loader's seeds would be drawn from the one that makes the dropout.
+    loader = DataLoader(steps, batch_size=None, collate_fn=partial(_returned, make),
+                        num_workers=workers, worker_init_fn=_ignore_stops,
+                        generator=torch.Generator())
+    found = iter(loader)
+    if workers:  # torch's own handler would raise in the middle of a step when a worker dies
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for value in found:
+            if isinstance(value, ValueError):
+                raise value
+            yield value
+    except RuntimeError as error:
+        raise ChildProcessError(str(error).splitlines()[0]) from error
+
+
+def _returned(make, step):
+    """make(step), or its ValueError: raised in a worker, a traceback would be wrapped around it."""
+    try:
+        return make(step)
+    except ValueError as error:
+        return error
+
+
+def _ignore_stops(_worker):
+    """A signal to all of a run's processes stops the first one, and that one its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def count_flops(function, *args):
