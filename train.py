@@ -140,15 +140,13 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
     items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
         batch = move(batcher.step(0), device)
-        flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
-        flops *= distributed.world_size() / items
+        own_flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
     # Dropout follows from seed, stage and rank alone, whatever was drawn before.
     torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
     if first:
         run.load_state(optimizer, schedule)  # with the random numbers of that step
-    batches = prepared(batcher.step, range(first, steps), config.workers)
-    bar = tqdm(batches, f"stage {stage}", steps, initial=first, unit="step",
-               disable=not run.writes)  # one bar for all processes
+    bar = tqdm(prepared(batcher.step, range(first, steps), config.workers), f"stage {stage}",
+               total=steps, initial=first, disable=not run.writes)  # one for all processes
     started, step = time.perf_counter(), first - 1
     try:
         for step, batch in enumerate(bar, first):
@@ -159,14 +157,14 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
             if not (losses["loss"] + norm).isfinite():  # before it spoils weights and checkpoints
                 raise ValueError(f"stage {stage}, step {step + 1}: loss {losses['loss']:.3g}, "
-                                 f"gradient {norm:.3g}; stopped, the last good weights are in "
-                                 f"{run.checkpoints}; the batch: {batch['about']}")
+                                 f"gradient {norm:.3g}; stopped before the update, the last weights "
+                                 f"are in {run.checkpoints}; the batch: {batch['about']}")
             optimizer.step()
             schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine
 
             row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
                    "masked_duplicates": batch["masked_duplicates"]}
-            run.log(row, items, flops, started, bar)
+            run.log(row, items, own_flops, started, bar)
             started = time.perf_counter()
             stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one only
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
@@ -338,9 +336,9 @@ def train_and_evaluate(config, device, run):
     sets = {stage: train_set(benchmark, config, stage) for stage in (1, 2)}
     if done:
         run.load_weights(student)
-    run.peak = measure_peak(device) * distributed.world_size()
+    run.peak = measure_peak(device)
     if first:
-        peak = f"{run.peak / 1e9:.0f} GFLOP/s in a large matrix product"
+        peak = f"{run.peak / 1e9:.0f} GFLOP/s each in a large matrix product"
         print(f"{folder}: {distributed.world_size()} x {device}, {peak}", flush=True)
     run.training = True  # a stop now waits for the end of the step
     for stage in range(last_stage, 3):  # a resumed run may start in stage 2

@@ -99,15 +99,16 @@ class Run:
 
     def log(self, row, items, flops, started, bar):
         """One line in metrics.jsonl; loss, items a second and MFU on the progress bar. MFU (model
-        FLOPs utilisation): operations a second (`flops` an item) over the machine's peak."""
+        FLOPs utilisation): this process's `flops` of the step a second, over its `peak`."""
         if not self.writes:
             return
         row = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in row.items()}
-        row["samples_per_s"] = speed = items / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        row["samples_per_s"] = speed = items / seconds
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         bar.set_postfix(loss=f"{row['loss']:.3f}", samples_s=f"{speed:.0f}",
-                        mfu=f"{flops * speed / self.peak:.0%}")
+                        mfu=f"{flops / seconds / self.peak:.0%}")
 
     def rows(self):
         """metrics.jsonl as dictionaries; a line cut off by a kill is left out."""
