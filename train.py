@@ -157,8 +157,8 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)  # norm: before it is cut to 1
             if not (losses["loss"] + norm).isfinite():  # before it spoils weights and checkpoints
                 raise ValueError(f"stage {stage}, step {step + 1}: loss {losses['loss']:.3g}, "
-                                 f"gradient {norm:.3g}; stopped before the update, the last weights "
-                                 f"are in {run.checkpoints}; the batch: {batch['about']}")
+                                 f"gradient {norm:.3g}; stopped before the update, the last good "
+                                 f"weights: {run.checkpoints}; the batch: {batch['about']}")
             optimizer.step()
             schedule.step()  # of the learning rate: up for 3 % of the steps, then down a cosine
 
