@@ -362,7 +362,7 @@ def test_an_existing_folder_is_left_alone_with_a_one_line_error_and_exit_status_
     (tmp_path / "out").mkdir()
     run = subprocess.run(command(tmp_path / "out"), cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.count("\n") == 1 and "out exists: remove it, or choose another" in run.stderr
+    assert run.stderr.count("\n") == 1 and "out exists: choose another folder" in run.stderr
     assert [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 

@@ -62,8 +62,9 @@ def test_the_learning_rate_warms_up_and_ends_at_a_fiftieth():
 
 
 @pytest.mark.parametrize("option, message", [
-    ("--steps=0", "need --steps >= 1"), ("--lr=nan", "finite --lr"), ("--lr=inf", "finite --lr"),
-    ("--batch-size=1", "--batch-size >= 2"), ("--measure=nowhere", "nowhere does not exist"),
+    ("--steps=0", "--steps must be in 1..1,000,000, got 0"), ("--lr=nan", "--lr must be in"),
+    ("--batch-size=1", "--batch-size must be in 2.."), ("--work=", "--work must be a text"),
+    ("--lr=inf", "--lr must be in"), ("--measure=nowhere", "nowhere does not exist"),
     ("--out=taken", "--out taken exists: choose another folder")])
 def test_bad_options_are_named_before_any_work_and_nothing_is_touched(
     option, message, tmp_path, monkeypatch, capsys

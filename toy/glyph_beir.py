@@ -30,7 +30,7 @@ import multiprocessing
 import os
 import random
 import re
-import shutil
+import signal
 import sys
 import textwrap
 import unicodedata
@@ -41,6 +41,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from support.files import check_option, clear_errors, new_folder  # noqa: E402
 
 DATASET, DATASET_ID = "glyph", 10  # M-BEIR's own datasets have the ids 0 to 9
 IMAGE_SIZE, FONT_SIZE, BASELINE = 56, 34, 41  # pixels; 56 = 2 x 28, so Qwen2-VL sees 2 x 2 tokens
@@ -273,6 +276,11 @@ def image_path(char, face):
     return f"mbeir_images/{DATASET}/{face}/{ord(char):05x}.png"
 
 
+def ignore_interrupts():
+    """Ctrl-C reaches the workers, too: only the first process speaks, and it ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def write_images(job):
     """Render the characters of one face; a job of the worker pool.
 
@@ -448,14 +456,7 @@ def build(out, seed=0, processes=None):
     Returns a one-line summary. Raises FileExistsError.
     """
     out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists: remove it, or choose another --out")
-    for left in out.parent.glob(f"{out.name}.tmp-*"):  # of a killed run: its process is gone
-        process = left.suffix.removeprefix(".tmp-")
-        if Path("/proc/self").exists() and not Path("/proc", process).exists():
-            shutil.rmtree(left, ignore_errors=True)
-    root = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    try:
+    with new_folder(out) as root:
         world = World(seed)
         train_pool = Pool(world, world.seen, TRAIN_FACES, first_did=1)
         pool = Pool(world, world.names, [TARGET_FACE], first_did=len(train_pool.rows) + 1)
@@ -465,16 +466,14 @@ def build(out, seed=0, processes=None):
             (str(root), face, [char for char in chars if world.drawable(char, [face])])
             for face, chars in wanted.items()
         ]
-        with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as workers:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(processes or os.cpu_count(), ignore_interrupts) as workers:
             images = workers.map_async(write_images, jobs, chunksize=1)
             count = write_queries(root, world, train_pool, pool, seed)
             write_pools(root, train_pool, pool)
             write_instructions(root)
             images.get()
         draw_samples(root, world, root / "samples.png")
-        root.rename(out)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
     return (
         f"{out}: {len(world.names):,} characters ({len(world.zero)} zero-shot), "
         f"{len(world.relations):,} relations, {count:,} training queries, "
@@ -487,11 +486,10 @@ def main():
     parser.add_argument("--out", default="data/glyph_beir", help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="splits and query order follow from it")
     args = parser.parse_args()
-    try:
+    with clear_errors():
+        check_option("--seed", args.seed, int, 0, 2**31)
+        check_option("--out", args.out, str, 1)
         print(build(args.out, args.seed))
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from data import Benchmark  # noqa: E402
 from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
 from puma import PROMPT, PUMA, RET, load_config  # noqa: E402
+from support.files import check_option, clear_errors  # noqa: E402
 from support.report import score  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
     INSTRUCTIONS,
@@ -411,18 +412,18 @@ def main():
     parser.add_argument("--measure", nargs="?", const="toy/tiny-qwen2-vl", metavar="FOLDER",
                         help="only measure a model, by default the committed one")
     args = parser.parse_args()
-    try:
+    with clear_errors():
         run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        sys.exit(2)
 
 
 def run(args):
     """What the arguments ask for. Raises ValueError or OSError on bad ones, before any work."""
-    if args.steps < 1 or args.batch_size < 2 or not 0 < args.lr < math.inf:
-        raise ValueError(f"need --steps >= 1, --batch-size >= 2 and a finite --lr > 0, got "
-                         f"{args.steps}, {args.batch_size} and {args.lr}")
+    check_option("--steps", args.steps, int, 1)
+    check_option("--batch-size", args.batch_size, int, 2)
+    check_option("--lr", args.lr, float, 1e-12, 1)
+    check_option("--seed", args.seed, int, 0, 2**31)
+    for name in ("data", "out", "work"):
+        check_option(f"--{name}", getattr(args, name), str, 1)
     if args.measure:
         load_config(args.measure)
     elif Path(args.out).exists():
