@@ -30,24 +30,28 @@ from tqdm import tqdm
 from support.files import (Pool, Table, check_content, check_option, clear_errors, did_key,
                            did_keys, did_text, make_item, modality_class, parse_lines, printable,
                            refuse, warn)
-from support.items import MODALITIES, UNREADABLE, load_image, open_image
+from support.items import MODALITIES, UNREADABLE, load_image, load_video, open_image
 
 TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
-    8: ("image,text", "image,text")}
+    8: ("image,text", "image,text"), 9: ("text", "video"), 10: ("video", "text")}  # M-BEIR: to 8
+
+
+CANDIDATE = ("txt", "img_path", "video_path")  # M-BEIR has no video
+QUERY = tuple(f"query_{name}" for name in CANDIDATE)
 
 
 def query_columns(row):
     """A query's row, checked -> qid key, modality class, first positive's key, content's class."""
-    content = check_content(row.get("query_txt"), row.get("query_img_path"))
+    content = check_content(*map(row.get, QUERY))
     first = did_keys(row["pos_cand_list"])[0]
     return did_key(row["qid"]), modality_class(row["query_modality"]), first, content
 
 
 def candidate_columns(row):
     """A candidate's row, checked -> did key, modality class, content's class."""
-    content = check_content(row.get("txt"), row.get("img_path"))
+    content = check_content(*map(row.get, CANDIDATE))
     return did_key(row["did"]), modality_class(row["modality"]), content
 
 
@@ -117,7 +121,7 @@ class Benchmark:
             raise ValueError(f"{place}: expected prompts for dataset {key[2]}, "
                              f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
-        item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
+        item = make_item(self.root, *map(row.get, QUERY))
         return {**item, "instruction": prompt}
 
     def cells(self, split, limit=None):
@@ -339,15 +343,18 @@ class Checker(Benchmark):
 
     def check_images(self, read):
         """Open each image by `read`, in threads; -> their number."""
-        images = {}  # name -> file and line that have it first
+        images = {}  # (name, field) -> file and line that have it first
         for table in self.tables.values():
             for number, row in zip(table.numbers, table):
-                if name := row.get("img_path") or row.get("query_img_path"):
-                    images.setdefault(name, (table.path, number))
+                for field in (*QUERY[1:], *CANDIDATE[1:]):
+                    if name := row.get(field):
+                        images.setdefault((name, field), (table.path, number))
 
-        def what_is_wrong(name):
+        def what_is_wrong(image):
+            name, field = image
             try:
-                read(make_item(self.root, None, name)["image"])
+                whole = load_video if "video" in field and read is load_image else read
+                whole(make_item(self.root, None, name)["image"])
             except UNREADABLE as error:
                 return f"expected an image that can be read, {name} is not: {error}"
 

@@ -122,23 +122,26 @@ def modality_class(name):
     return CLASSES[name]
 
 
-def check_content(text, image):
-    """-> modality class. ValueError unless there is a text, or an image inside the root, or both.
-    """
-    if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
-        raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
+def check_content(text, image, video=None):
+    """-> modality class. ValueError unless there is a text, an image or a video (or a text with one
+    of these) whose path stays inside the root."""
+    path = (image, video) if image and video else image or video
+    if not (text or path) or not all(isinstance(v, str | None) for v in (text, image, video, path)):
+        raise ValueError(f"expected a text or an image path or both, got {text!r} and {path!r}")
     check_text(text, "text")
-    check_text(image, "image path")
-    if image and (image.startswith("/") or ".." in image.split("/")):
-        raise ValueError(f"expected an image path inside the data directory, got {image!r}")
-    return 0 if not image else 2 if text else 1
+    check_text(path, "image path")
+    if path and (path.startswith("/") or ".." in path.split("/")):
+        raise ValueError(f"expected an image path inside the data directory, got {path!r}")
+    return 0 if not path else (4 if text else 3) if video else 2 if text else 1
 
 
-def make_item(root, text, image):
-    """{"text", "image"} with the image's whole path; ValueError if a link leads out of `root`."""
-    if image and not Path(os.path.realpath(root / image)).is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"expected an image inside the data directory, {root / image} leads out")
-    return {"text": text or None, "image": str(root / image) if image else None}
+def make_item(root, text, image, video=None):
+    """{"text", "image", if any "video"}, whole paths; ValueError if a link leads out of `root`."""
+    path = image or video
+    if path and not Path(os.path.realpath(root / path)).is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"expected an image inside the data directory, {root / path} leads out")
+    item = {"text": text or None, "image": str(root / image) if image else None}
+    return {**item, "video": str(root / video)} if video else item
 
 
 class Pool:
@@ -170,7 +173,7 @@ class Pool:
     def __getitem__(self, i):
         table, line = self._line(i)
         row = table[line]
-        return make_item(self.root, row.get("txt"), row.get("img_path"))
+        return make_item(self.root, row.get("txt"), row.get("img_path"), row.get("video_path"))
 
     def _line(self, i):
         """Candidate i's table, and its place in there."""
