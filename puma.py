@@ -35,6 +35,7 @@ from transformers.utils import is_flash_attn_2_available, logging
 
 from support.files import check_option, new_folder, regular
 from support.items import as_item, image_size, load_image, load_video
+from support.run import prepared
 
 RET = "[RET]"
 PROMPT = "\nSummarize above {} in one word: "
@@ -49,6 +50,7 @@ class PUMA(nn.Module):
             raise ValueError(f"the tokenizer has no {RET} token; PUMA.from_pretrained adds it")
         self.backbone, self.tokenizer, self.image_processor = backbone, tokenizer, image_processor
         self.max_text_tokens, self.max_frames = max_text_tokens, max_frames
+        self.remembered = {}  # path of an image or video -> visual tokens (V, D), grid (3,)
         self.ret_id = tokenizer.convert_tokens_to_ids(RET)
         table = backbone.get_input_embeddings().weight.requires_grad_(False)
         self.ret_embedding = nn.Parameter(table[self.ret_id].detach().clone())  # (D,)
@@ -171,12 +173,18 @@ class PUMA(nn.Module):
         and, where there are visuals, `pixel_values` (P, 1176) and `grid_thw` (visuals, 3).
         `tails` (for pre-training): other ids instead of `summary_tail`."""
         items, config = [as_item(item) for item in items], self.backbone.config
+        visuals = [item for item in items if visual_kind(item)]
         texts = ["\n".join(filter(None, (i.get("instruction"), i.get("text")))) for i in items]
         kinds = [visual_kind(item) for item in items]
         batch, sizes = {}, {}
-        if any(kinds):
-            pixels, grids = self.patches([item for item, kind in zip(items, kinds) if kind])
-            batch = {"pixel_values": pixels, "grid_thw": grids}
+        known = [self.remembered.get(str(visual_of(item))) for item in visuals]
+        if visuals:
+            if all(known):
+                tokens, grids = map(list, zip(*known))
+                batch = {"visual": torch.cat(tokens), "grid_thw": (grids := torch.stack(grids))}
+            else:
+                pixels, grids = self.patches(visuals)
+                batch = {"pixel_values": pixels, "grid_thw": grids}
             videos = torch.tensor([kind == "video" for kind in kinds if kind])
             sizes = {"image_grid_thw": grids[~videos], "video_grid_thw": grids[videos]}
         # A visual has as many placeholders as the tower gives tokens; `forward` fills them in.
@@ -222,9 +230,32 @@ class PUMA(nn.Module):
     def visual_tokens(self, batch):
         """The frozen tower's output (V, D) for all visuals of a batch, or None; no gradient."""
         if "pixel_values" not in batch:
-            return None
+            return batch.get("visual")  # remembered, or there is none
         pixels = batch["pixel_values"].to(self.backbone.visual.dtype)
         return self.backbone.visual(pixels, grid_thw=batch["grid_thw"]).pooler_output
+
+    def remember(self, items, budget, workers=0, chunk=256):
+        """Put the visual tokens of these items' files into memory, each computed once, the images
+        read by `workers` processes; `collate` then opens none of them. If they take more than
+        `budget` bytes, none is kept. Chunks are the same in each run, so that roundings are."""
+        files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of the smallest image's tokens
+        for item in map(as_item, items):
+            if isinstance(visual_of(item), str):
+                files.setdefault(visual_of(item), item)
+            if len(files) * least > budget:
+                return
+        names, found, size = list(files), {}, 0
+        parts = [[files[name] for name in names[start : start + chunk]]
+                 for start in range(0, len(names), chunk)]
+        for pixels, grids in prepared(self.patches, parts, workers):
+            batch = {"pixel_values": pixels, "grid_thw": grids}
+            tokens = self.visual_tokens(to_device(batch, self.device)).cpu()
+            counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
+            found |= zip(names[len(found) :], zip(tokens.split(counts), grids))
+            size += tokens.nbytes
+            if size > budget:
+                return
+        self.remembered = found
 
     def forward(self, batch, visual=None):
         """A batch of `collate`, on this device -> (B, D) un-normalised, normed `[RET]` states.
@@ -272,6 +303,10 @@ class PUMA(nn.Module):
         self.train(training)
         out = torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]  # input order
         return F.normalize(out, dim=-1) if normalize else out
+
+
+def visual_of(item):
+    return item.get("image") or item.get("video")
 
 
 def visual_kind(item):

@@ -75,6 +75,7 @@ class Config:
     stage1_lora_dropout: float = arg(0.05, "LoRA's dropout in stage 1 (paper: 0.05)")
     max_visual_tokens: int = arg(300, "image budget, tokens of 28 x 28 pixels (paper: 300)")
     max_text_tokens: int = arg(450, "instruction + text are cut there (paper: 450)")
+    visual_memory: int = arg(512, "MiB for the visual tokens of all images, if they fit; 0: off")
     # the run
     workers: int = arg(1, "processes that prepare batches; on a GPU one a core")
     checkpoint_every: int = arg(200, "steps between checkpoints")

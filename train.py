@@ -17,6 +17,7 @@ Read `stage_losses` (the formulas), `plain_step` (one step), `train_stage` (the 
 `large_batch_step`. Shapes: B pairs, hence 2B items a step; D width.
 """
 
+import contextlib
 import time
 from dataclasses import asdict
 from functools import partial
@@ -267,6 +268,14 @@ def load_teacher(config, student, device):
     return teacher.requires_grad_(False).eval()
 
 
+def remember_images(model, datasets, config):
+    """Let each image of these batches go through the frozen tower once, if all fit into memory."""
+    batches = (dataset[step] for dataset in datasets for step in range(len(dataset)))
+    items = (item for pairs in batches for item in pairs["queries"] + pairs["targets"])
+    with contextlib.suppress(ValueError):  # what is wrong with an image is said at its step
+        model.remember(items, config.visual_memory << 20, config.workers)
+
+
 def prepare_training(config, model):
     """LoRA adapters, where asked for, instead of the decoder's weights; -> peft's tuner or None."""
     if config.lora_rank:
@@ -336,6 +345,7 @@ def train_and_evaluate(config, device, run):
     sets = {stage: train_set(benchmark, config, stage) for stage in (1, 2)}
     if done:
         run.load_weights(student)
+    remember_images(student, sets.values(), config)
     run.peak = measure_peak(device)
     if first:
         peak = f"{run.peak / 1e9:.0f} GFLOP/s each in a large matrix product"
@@ -345,7 +355,7 @@ def train_and_evaluate(config, device, run):
         if (begin := done if stage == last_stage else 0) < len(sets[stage]):
             train_stage(stage, student, teacher, sets[stage], config, run, begin)
         teacher = None  # stage 2 has none: free its memory
-    run.training = False
+    run.training, student.remembered = False, {}
     if not first:
         return
     distributed.stop()

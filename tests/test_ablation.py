@@ -6,10 +6,7 @@ import statistics
 from dataclasses import replace
 
 import pytest
-import torch
-from conftest import MODEL
 
-from puma import PUMA
 from support.files import write_json
 from toy import ablation
 
@@ -107,16 +104,3 @@ def test_a_run_that_has_its_file_is_not_done_again(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(ablation, "run_one", None)  # would fail
     ablation.run_group("losses", 1, tmp_path, 1)
     assert "losses: 0 runs to do" in capsys.readouterr().out
-
-
-def test_the_towers_memory_changes_no_embedding(glyph_beir, monkeypatch):
-    monkeypatch.setattr(ablation.FrozenTower, "tokens", {})
-    paths = sorted((glyph_beir / "mbeir_images").rglob("*.png"))[:6]
-    items = ["a text", *({"image": str(path), "text": "make it capital"} for path in paths)]
-    plain = PUMA.from_pretrained(MODEL, keep_layers=2)
-    frozen = ablation.FrozenTower.from_pretrained(MODEL, keep_layers=2)
-    expected = plain.encode(items, show_progress=False)
-    for batch_size in (3, 7):  # the second time every picture is known
-        embeddings = frozen.encode(items, batch_size, show_progress=False)
-        torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=1e-4)
-    assert len(ablation.FrozenTower.tokens) == 7  # one of the check after loading

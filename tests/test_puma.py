@@ -303,3 +303,24 @@ def test_ret_is_added_to_a_tokenizer_without_it_and_its_row_is_usable():
     model = PUMA(backbone, tokenizer, base.image_processor)
     assert model.ret_id < backbone.get_input_embeddings().num_embeddings <= rows + 1
     assert model.encode(["a"], show_progress=False).isfinite().all()
+
+
+def test_remembered_images_give_the_same_embeddings_and_are_not_opened_again(puma, tmp_path):
+    frames = [Image.effect_noise((56, 56), 50 + n) for n in range(4)]
+    frames[0].save(tmp_path / "clip.png", save_all=True, append_images=frames[1:])
+    for n, size in enumerate([(56, 56), (84, 56), (56, 56)]):
+        Image.effect_noise(size, 60).save(tmp_path / f"{n}.png")
+    items = ["a text", {"video": str(tmp_path / "clip.png")}, *(
+        {"image": str(tmp_path / f"{n}.png"), "text": "x" * n} for n in (0, 1, 2, 0))]
+    expected = puma.encode(items)
+    need = sum(4 * puma.ret_embedding.numel() * n for n in (8, 4, 4, 4))
+    puma.remember(items, need - 1, chunk=2)
+    assert not puma.remembered, "too many for the memory"
+    puma.remember(items, need, chunk=2)
+    assert len(puma.remembered) == 4
+    for path in tmp_path.iterdir():
+        path.unlink()
+    torch.testing.assert_close(puma.encode(items), expected, atol=1e-5, rtol=1e-4)
+    Image.effect_noise((56, 56), 60).save(tmp_path / "new.png")
+    with pytest.raises(ValueError, match="0.png"):  # of a batch with an unknown image, all are read
+        puma.encode([{"image": str(tmp_path / "new.png")}, items[2]])

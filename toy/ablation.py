@@ -34,7 +34,6 @@ sys.path.insert(0, str(ROOT))
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import Benchmark  # noqa: E402
-from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
 from support.pictures import plt  # noqa: E402
@@ -118,29 +117,6 @@ GROUPS = {
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, 1 to 9 degrees
 
 
-class FrozenTower(PUMA):
-    """No run trains the vision tower, so each picture goes through it once a process: 30 % less
-    time. `pixel_values` of a batch are the visual tokens themselves."""
-
-    tokens = {}  # path of an image or clip -> its visual tokens (V, D), its grid
-
-    def patches(self, items):
-        paths = [str(item.get("image") or item["video"]) for item in items]
-        new = {path: item for path, item in zip(paths, items) if path not in self.tokens}
-        if new:
-            pixels, grids = super().patches(list(new.values()))
-            with torch.no_grad():
-                states = self.backbone.visual(pixels, grid_thw=grids).pooler_output
-            counts = grids.prod(-1) // self.image_processor.merge_size**2
-            self.tokens |= {path: (part, grid) for path, part, grid
-                            in zip(new, states.split(counts.tolist()), grids)}
-        parts, grids = zip(*(self.tokens[path] for path in paths))
-        return torch.cat(parts), torch.stack(grids)
-
-    def visual_tokens(self, batch):
-        return batch.get("pixel_values")
-
-
 def run_id(settings):
     """The settings that differ from BASE, as text: the same run may stand in several groups."""
     base, config = asdict(BASE), asdict(replace(BASE, **settings))
@@ -155,7 +131,6 @@ def result_path(folder, settings, seed):
 def run_one(settings, seed, folder):
     """Train and evaluate one model; -> its results, also written to `folder`."""
     torch.set_num_threads(1)
-    train.PUMA = FrozenTower
     started = time.time()
     config = replace(BASE, seed=seed, **settings)
     if config.model == TRAINED:
@@ -167,11 +142,13 @@ def run_one(settings, seed, folder):
     teacher = train.load_teacher(config, student, device)
     work = folder / f"work-{os.getpid()}"
     run = Run(work, {}, {})
-    for stage, steps in enumerate((config.stage1_steps, config.stage2_steps), 1):
-        if steps:
-            dataset = train.train_set(benchmark, config, stage)
+    sets = {stage: train.train_set(benchmark, config, stage) for stage in (1, 2)}
+    train.remember_images(student, sets.values(), config)
+    for stage, dataset in sets.items():
+        if len(dataset):
             train.train_stage(stage, student, teacher, dataset, config, run)
         teacher = None
+    student.remembered = {}
     benchmark = Benchmark(config.data)  # the same instructions for every seed
     cells = evaluate.split_cells(benchmark, "test", limit=200)
     embedded = evaluate.Embedded(benchmark, cells, "test", lambda items, _: student.encode(items))
