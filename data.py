@@ -24,6 +24,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+import support  # noqa: F401  before torch: it says how threads wait
 import torch
 from tqdm import tqdm
 

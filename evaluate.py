@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from timeit import timeit
 
+import support  # noqa: F401  before torch: it says how threads wait
 import torch
 from torch import nn
 

@@ -25,6 +25,7 @@ import contextlib
 import re
 from pathlib import Path
 
+import support  # noqa: F401  before torch: it says how threads wait
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -177,6 +178,7 @@ class PUMA(nn.Module):
         texts = ["\n".join(filter(None, (i.get("instruction"), i.get("text")))) for i in items]
         kinds = [visual_kind(item) for item in items]
         batch, sizes = {}, {}
+        # A batch whose pictures are all remembered brings their tokens along, and no pixels.
         known = [self.remembered.get(str(visual_of(item))) for item in visuals]
         if visuals:
             if all(known):
@@ -235,14 +237,15 @@ class PUMA(nn.Module):
         return self.backbone.visual(pixels, grid_thw=batch["grid_thw"]).pooler_output
 
     def remember(self, items, budget, workers=0, chunk=256):
-        """Put the visual tokens of these items' files into memory, each computed once, the images
-        read by `workers` processes; `collate` then opens none of them. If they take more than
-        `budget` bytes, none is kept. Chunks are the same in each run, so that roundings are."""
-        files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of the smallest image's tokens
+        """Put the visual tokens of these items' files into memory; `collate` then opens none of
+        them. `workers` processes read them. None is kept if they take more than `budget` bytes."""
+        # The tower is frozen, so a picture's tokens are the same in every epoch. Chunks are the
+        # same in every run, too, so that a run that is continued has the same roundings.
+        files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of a small picture's tokens
         for item in map(as_item, items):
             if isinstance(visual_of(item), str):
                 files.setdefault(visual_of(item), item)
-            if len(files) * least > budget:
+            if len(files) * least > budget:  # do not read millions of lines for nothing
                 return
         names, found, size = list(files), {}, 0
         parts = [[files[name] for name in names[start : start + chunk]]
@@ -250,6 +253,7 @@ class PUMA(nn.Module):
         for pixels, grids in prepared(self.patches, parts, workers):
             batch = {"pixel_values": pixels, "grid_thw": grids}
             tokens = self.visual_tokens(to_device(batch, self.device)).cpu()
+            # Tokens stand one picture after the other: cut them apart.
             counts = (grids.prod(-1) // self.image_processor.merge_size**2).tolist()
             found |= zip(names[len(found) :], zip(tokens.split(counts), grids))
             size += tokens.nbytes

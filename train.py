@@ -23,6 +23,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import support  # noqa: F401  before torch: it says how threads wait
 import torch
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm

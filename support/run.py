@@ -37,8 +37,8 @@ class Run:
     removes a folder made here. Raises ValueError if it is taken.
     """
 
-    def __init__(self, name, settings, decisive, keep_checkpoints=2):
-        self.decisive, self.keep_checkpoints = decisive, keep_checkpoints
+    def __init__(self, name, settings=None, decisive=None, keep_checkpoints=2):
+        self.decisive, self.keep_checkpoints = decisive or {}, keep_checkpoints
         self.writes, self.made = distributed.rank() == 0, False
         folder = self._claim(name, settings) if self.writes else None
         self.folder = distributed.gather_objects(folder)[0]
@@ -70,7 +70,7 @@ class Run:
         except Timeout:
             raise ValueError(f"--out {folder} is in use by another process") from None
         if not found:
-            write_json(folder / "config.json", settings)
+            write_json(folder / "config.json", settings or {})
         for left in (folder / "checkpoints").glob("*.tmp"):
             shutil.rmtree(left)
         (folder / "checkpoints").mkdir(exist_ok=True)

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import support  # noqa: E402, F401  before torch: it says how threads wait
 
 MODEL = ROOT / "toy/tiny-qwen2-vl"
 

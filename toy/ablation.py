@@ -27,10 +27,11 @@ from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # side by side, progress bars would mix
 
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import support  # noqa: E402, F401  before torch: it says how threads wait
+import torch  # noqa: E402
+
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import Benchmark  # noqa: E402
@@ -141,7 +142,7 @@ def run_one(settings, seed, folder):
     student = train.load_student(config, device)
     teacher = train.load_teacher(config, student, device)
     work = folder / f"work-{os.getpid()}"
-    run = Run(work, {}, {})
+    run = Run(work)
     sets = {stage: train.train_set(benchmark, config, stage) for stage in (1, 2)}
     train.remember_images(student, sets.values(), config)
     for stage, dataset in sets.items():

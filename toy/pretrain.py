@@ -30,18 +30,19 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import (
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import support  # noqa: E402, F401  before torch: it says how threads wait
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Benchmark  # noqa: E402
 from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
