@@ -15,7 +15,10 @@ import contextlib
 import copy
 import importlib.util
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from functools import partial
@@ -193,6 +196,48 @@ def bench_search(rows=1_000_000, width=1536, queries=1000, k=10):
             line(f"search {rows:,} x {width}, {queries:,} queries, top {k}: {name}",
                  f"{took:.2f} s, {2e-9 * rows * width * queries / took:.0f} GFLOP/s, results as "
                  f"here: {(found[name] == found['here']).mean():.2%}")
+
+
+STEPS = """
+import statistics, sys, time
+from data import Benchmark, TrainSet
+from puma import PUMA
+from settings import Config
+from train import Batcher, plain_step
+config = Config()
+batches = TrainSet(Benchmark(config.data), config.batch_size, steps=4)
+student = PUMA.from_pretrained(config.model, keep_layers=config.keep_layers).train()
+ready = [Batcher(student, config)(batches[step]) for step in range(4)]
+took, end = [], time.perf_counter() + float(sys.argv[1])
+while time.perf_counter() < end:
+    started = time.perf_counter()
+    plain_step(student, None, ready[len(took) % 4], 2, 0.5, config)
+    took.append(time.perf_counter() - started)
+print(2 * config.batch_size / statistics.median(took))
+"""
+JOB = "import torch\na = torch.randn(2048, 2048)\nwhile True: a @ a"
+
+
+def bench_busy(seconds=15):
+    """The default run's steps, alone and beside a job with a thread a core, by how long OpenMP's
+    threads spin: 300,000 rounds is libgomp's own default, 1,000 is ours."""
+    ensure_data(Config().data)
+    for spin in ("300000", "1000", "0"):
+        rates = []
+        for beside in (False, True):
+            job = beside and subprocess.Popen([sys.executable, "-c", JOB],
+                                              env=os.environ | {"GOMP_SPINCOUNT": "300000"})
+            try:
+                done = subprocess.run([sys.executable, "-c", STEPS, str(seconds)], text=True,
+                                      env=os.environ | {"GOMP_SPINCOUNT": spin, "PYTHONPATH": "."},
+                                      stdout=subprocess.PIPE, check=True)
+            finally:
+                if job:
+                    job.kill()
+            rates.append(float(done.stdout))
+        alone, busy = rates
+        line(f"training, items a second alone and beside a job, spin {spin}",
+             f"{alone:.0f} and {busy:.0f}: 1 / {alone / busy:.2f}", ">= 1 / 2.5")
 
 
 def bench_scale(folder, queries, candidates, steps=4000):
