@@ -27,16 +27,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import (Pool, Table, check_content, check_option, clear_errors, did_key,
+from support.files import (TASKS, Pool, Table, check_content, check_option, clear_errors, did_key,
                            did_keys, did_text, make_item, modality_class, parse_lines, printable,
                            refuse, warn)
 from support.items import MODALITIES, UNREADABLE, load_image, load_video, open_image
-
-TASKS = {  # task id -> (query modality, candidate modality)
-    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
-    4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
-    8: ("image,text", "image,text"), 9: ("text", "video"), 10: ("video", "text")}  # M-BEIR: to 8
-
 
 CANDIDATE = ("txt", "img_path", "video_path")  # M-BEIR has no video
 QUERY = tuple(f"query_{name}" for name in CANDIDATE)

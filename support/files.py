@@ -1,4 +1,4 @@
-"""JSON lines as sequences that stay on disk, what M-BEIR writes in them; safe writing; errors.
+"""JSON lines as sequences that stay on disk, what M-BEIR has in them; safe writing; errors.
 
     table = Table("pool.jsonl", lambda row: (len(row["txt"]),), "q", "a candidate")
     len(table), table[5_000_000], table.columns[0]
@@ -23,6 +23,11 @@ import numpy as np
 
 from support.items import MODALITIES, check_text
 
+TASKS = {  # M-BEIR's task id -> (query modality, candidate modality); it has no data for 5
+    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
+    4: ("image", "image"), 5: ("image", "image,text"), 6: ("image,text", "text"),
+    7: ("image,text", "image"), 8: ("image,text", "image,text"),
+    9: ("text", "video"), 10: ("video", "text")}  # ours
 # What parsing a line may raise; RecursionError: JSON nested a thousand deep.
 BAD_LINE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
@@ -290,3 +295,28 @@ def clear_errors():
     except KeyboardInterrupt as stop:
         print(f"stopped{stop}", file=sys.stderr)
         sys.exit(130)
+
+
+def write_m_beir(root, name, dataset, prompts, train, splits, pools):
+    """Write an M-BEIR directory of one dataset, images apart. `dataset`: the id that goes with its
+    `name`; `prompts` {(query modality, candidate modality): texts}; `train`, `splits` {split: ...}:
+    rows of queries; `pools` {split: rows of candidates}, local ones are parts of the test pool."""
+    files = {f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl": map(json.dumps, rows)
+             for split, rows in pools.items()}
+    files["query/union_train/mbeir_union_up_train.jsonl"] = map(json.dumps, train)
+    for split, queries in splits.items():
+        for task in {row["task_id"] for row in queries}:
+            cell, rows = f"mbeir_{name}_task{task}", [q for q in queries if q["task_id"] == task]
+            local = [row for row in pools["test"] if row["modality"] == TASKS[task][1]]
+            files[f"query/{split}/{cell}_{split}.jsonl"] = map(json.dumps, rows)
+            files[f"cand_pool/local/{cell}_cand_pool.jsonl"] = map(json.dumps, local)
+            files[f"qrels/{split}/{cell}_{split}_qrels.txt"] = [
+                f"{row['qid']} 0 {did} 1 {task}" for row in rows for did in row["pos_cand_list"]]
+    names = [f"prompt_{n + 1}" for n in range(max(map(len, prompts.values())))]
+    lines = [["query_modality", "cand_modality", "dataset_name", "dataset_id", *names]]
+    lines += [[*kinds, name, str(dataset), *texts] for kinds, texts in prompts.items()]
+    files["instructions/query_instructions.tsv"] = map("\t".join, lines)
+    for path, lines in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        with (root / path).open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
