@@ -12,6 +12,7 @@ A query line names its positives by did; a candidate line with that did is the t
 The files have gigabytes: in memory stay a few integers a line. All that is random has a seed.
 
     python data.py DIR        # check a whole directory, images included, and count what is in it
+    python data.py --from pairs.csv --out my_data --valid 10%      # write one from your own pairs
 """
 
 import argparse
@@ -27,10 +28,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from support.files import (TASKS, Pool, Table, check_content, check_option, clear_errors, did_key,
-                           did_keys, did_text, make_item, modality_class, parse_lines, printable,
-                           refuse, warn)
-from support.items import MODALITIES, UNREADABLE, load_image, load_video, open_image
+from support.files import (COLUMNS, TASKS, Pool, Table, check_content, check_option, clear_errors,
+                           did_key, did_keys, did_text, make_item, modality_class, parse_lines,
+                           printable, refuse, warn, write_pairs)
+from support.items import MODALITIES, UNREADABLE, check_text, load_image, load_video, open_image
 
 CANDIDATE = ("txt", "img_path", "video_path")  # M-BEIR has no video
 QUERY = tuple(f"query_{name}" for name in CANDIDATE)
@@ -39,6 +40,7 @@ QUERY = tuple(f"query_{name}" for name in CANDIDATE)
 def query_columns(row):
     """A query's row, checked -> qid key, modality class, first positive's key, content's class."""
     content = check_content(*map(row.get, QUERY))
+    check_text(row.get("instruction"), "instruction")  # of `write_pairs`
     first = did_keys(row["pos_cand_list"])[0]
     return did_key(row["qid"]), modality_class(row["query_modality"]), first, content
 
@@ -115,6 +117,7 @@ class Benchmark:
             raise ValueError(f"{place}: expected prompts for dataset {key[2]}, "
                              f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
+        prompt = format_instruction(row.get("instruction") or prompt)  # its own: not in M-BEIR
         item = make_item(self.root, *map(row.get, QUERY))
         return {**item, "instruction": prompt}
 
@@ -360,14 +363,22 @@ class Checker(Benchmark):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory.")
-    parser.add_argument("directory", help="M-BEIR directory")
+    parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory, or write one.")
+    parser.add_argument("directory", nargs="?", help="M-BEIR directory to check")
+    parser.add_argument("--from", dest="pairs", type=Path, metavar="FILE",
+                        help=f".csv (first line: names) or .jsonl file of {' '.join(COLUMNS)}")
+    parser.add_argument("--out", type=Path, help="directory to write from it, must not exist")
+    parser.add_argument("--valid", default="10%", help="of the queries are held out as val, test")
     parser.add_argument("--show", type=int, default=20, help="problems to print")
     parser.add_argument("--images", choices=["header", "full", "none"], default="full",
                         help="decode each image, only open it (faster), or skip them")
     args = parser.parse_args()
     with clear_errors():
-        sys.exit(check_directory(args))
+        if bool(args.directory) == bool(args.pairs and args.out):
+            raise ValueError("expected an M-BEIR directory, or --from FILE --out DIRECTORY")
+        if args.directory:
+            sys.exit(check_directory(args))
+        print(write_pairs(args.pairs, args.out, args.valid))
 
 
 def check_directory(args):
