@@ -9,6 +9,7 @@ import sys
 import tokenize
 
 import pytest
+import yaml  # transformers needs it, too
 from conftest import MODEL, ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -229,3 +230,13 @@ def test_every_row_of_the_fidelity_table_has_a_test_of_its_name():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     assert rows == {str(n) for n in range(1, 20)}
     assert rows == set(re.findall(r"def test_row_(\d+)_", tests))
+
+
+def test_what_is_to_be_cited_is_the_paper_that_the_readme_links():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # required by its format
+    paper = citation["preferred-citation"]
+    assert {"type", "title", "authors", "year"} <= set(paper) and len(paper["authors"]) == 6
+    assert paper["url"] == re.search(r"https://arxiv.org/\S+(?=\))", README)[0]
+    assert paper["title"].startswith("PUMA: Layer-Pruned ") and "\n" not in paper["title"]
+    assert citation["title"] == README.splitlines()[0].removeprefix("# ")
