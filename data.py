@@ -12,6 +12,7 @@ A query line names its positives by did; a candidate line with that did is the t
 The files have gigabytes: in memory stay a few integers a line. All that is random has a seed.
 
     python data.py DIR        # check a whole directory, images included, and count what is in it
+    python data.py --from pairs.csv --out my_data --valid 10%      # write one from your own pairs
 """
 
 import argparse
@@ -28,16 +29,11 @@ import support  # noqa: F401  before torch: it says how threads wait
 import torch
 from tqdm import tqdm
 
-from support.files import (Pool, Table, check_content, check_option, clear_errors, did_key,
+from support.files import (TASKS, Pool, Table, check_content, check_option, clear_errors, did_key,
                            did_keys, did_text, make_item, modality_class, parse_lines, printable,
                            refuse, warn)
-from support.items import MODALITIES, UNREADABLE, load_image, load_video, open_image
-
-TASKS = {  # task id -> (query modality, candidate modality)
-    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
-    4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
-    8: ("image,text", "image,text"), 9: ("text", "video"), 10: ("video", "text")}  # M-BEIR: to 8
-
+from support.items import MODALITIES, UNREADABLE, check_text, load_image, load_video, open_image
+from support.pairs import COLUMNS, write_pairs
 
 CANDIDATE = ("txt", "img_path", "video_path")  # M-BEIR has no video
 QUERY = tuple(f"query_{name}" for name in CANDIDATE)
@@ -46,6 +42,7 @@ QUERY = tuple(f"query_{name}" for name in CANDIDATE)
 def query_columns(row):
     """A query's row, checked -> qid key, modality class, first positive's key, content's class."""
     content = check_content(*map(row.get, QUERY))
+    check_text(row.get("instruction"), "instruction")  # of `write_pairs`
     first = did_keys(row["pos_cand_list"])[0]
     return did_key(row["qid"]), modality_class(row["query_modality"]), first, content
 
@@ -122,6 +119,7 @@ class Benchmark:
             raise ValueError(f"{place}: expected prompts for dataset {key[2]}, "
                              f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
+        prompt = format_instruction(row.get("instruction") or prompt)  # its own: not in M-BEIR
         item = make_item(self.root, *map(row.get, QUERY))
         return {**item, "instruction": prompt}
 
@@ -344,17 +342,17 @@ class Checker(Benchmark):
 
     def check_images(self, read):
         """Open each image by `read`, in threads; -> their number."""
-        images = {}  # (name, field) -> file and line that have it first
+        images = {}  # (name, is it a video) -> file and line that have it first
         for table in self.tables.values():
             for number, row in zip(table.numbers, table):
                 for field in (*QUERY[1:], *CANDIDATE[1:]):
                     if name := row.get(field):
-                        images.setdefault((name, field), (table.path, number))
+                        images.setdefault((name, "video" in field), (table.path, number))
 
         def what_is_wrong(image):
-            name, field = image
+            name, is_video = image
             try:
-                whole = load_video if "video" in field and read is load_image else read
+                whole = load_video if is_video and read is load_image else read
                 whole(make_item(self.root, None, name)["image"])
             except UNREADABLE as error:
                 return f"expected an image that can be read, {name} is not: {error}"
@@ -367,14 +365,22 @@ class Checker(Benchmark):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory.")
-    parser.add_argument("directory", help="M-BEIR directory")
+    parser = argparse.ArgumentParser(description="Check a whole M-BEIR directory, or write one.")
+    parser.add_argument("directory", nargs="?", help="M-BEIR directory to check")
+    parser.add_argument("--from", dest="pairs", type=Path, metavar="FILE",
+                        help=f".csv (first line: names) or .jsonl file of {' '.join(COLUMNS)}")
+    parser.add_argument("--out", type=Path, help="directory to write from it, must not exist")
+    parser.add_argument("--valid", default="10%", help="of the queries are held out as val, test")
     parser.add_argument("--show", type=int, default=20, help="problems to print")
     parser.add_argument("--images", choices=["header", "full", "none"], default="full",
                         help="decode each image, only open it (faster), or skip them")
     args = parser.parse_args()
     with clear_errors():
-        sys.exit(check_directory(args))
+        if bool(args.directory) == bool(args.pairs and args.out):
+            raise ValueError("expected an M-BEIR directory, or --from FILE --out DIRECTORY")
+        if args.directory:
+            sys.exit(check_directory(args))
+        print(write_pairs(args.pairs, args.out, args.valid))
 
 
 def check_directory(args):
@@ -385,8 +391,9 @@ def check_directory(args):
     checker.check()
     images = checker.check_images(read) if read else 0
     for path, table in checker.tables.items():
-        name, problems = path.relative_to(args.directory), checker.counts[path]
-        print(f"{name!s:<60}{len(table):>11,} lines{problems:>10,} problems")
+        name = printable(str(path.relative_to(args.directory)))
+        problems = checker.counts[path]
+        print(f"{name:<60}{len(table):>11,} lines{problems:>10,} problems")
     count, lines = sum(checker.counts.values()), sum(map(len, checker.tables.values()))
     for text in checker.texts.values():
         print(printable(text))

@@ -1,4 +1,4 @@
-"""JSON lines as sequences that stay on disk, what M-BEIR writes in them; safe writing; errors.
+"""JSON lines as sequences that stay on disk, what M-BEIR has in them; safe writing; errors.
 
     table = Table("pool.jsonl", lambda row: (len(row["txt"]),), "q", "a candidate")
     len(table), table[5_000_000], table.columns[0]
@@ -23,6 +23,11 @@ import numpy as np
 
 from support.items import MODALITIES, check_text
 
+TASKS = {  # M-BEIR's task id -> (query modality, candidate modality); it has no data for 5
+    0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
+    4: ("image", "image"), 5: ("image", "image,text"), 6: ("image,text", "text"),
+    7: ("image,text", "image"), 8: ("image,text", "image,text"),
+    9: ("text", "video"), 10: ("video", "text")}  # ours
 # What parsing a line may raise; RecursionError: JSON nested a thousand deep.
 BAD_LINE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}

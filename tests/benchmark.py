@@ -2,6 +2,7 @@
 
     python tests/benchmark.py loss search       # or all but scale and loader: 12 minutes, two cores
     python tests/benchmark.py scale --out DIR   # data.py at M-BEIR's size: 3 GB, written once
+    python tests/benchmark.py sentence_transformers       # against that library, if it is installed
 
 Prints one line a comparison: what is compared, the ratio, the aim. A time is the median of several
 calls, the two sides in turn, so that a slow minute of the machine hits both. Memory is the GPU's
@@ -17,6 +18,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -238,6 +240,137 @@ def bench_busy(seconds=15):
         alone, busy = rates
         line(f"training, items a second alone and beside a job, spin {spin}",
              f"{alone:.0f} and {busy:.0f}: 1 / {alone / busy:.2f}", ">= 1 / 2.5")
+
+
+def readme_module(model):
+    """The README's sentence-transformers model, by its very code: it embeds item by item."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("\n## Serving\n")[2]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        model.save_pretrained(f"{folder}/model")
+        Image.new("RGB", (56, 56)).save(f"{folder}/my_glyph.png")
+        names = {}
+        for block in re.findall(r"```python\n(.*?)```", section, re.S):
+            block = block.replace("runs/puma-1/model", f"{folder}/model")
+            exec(block.replace("my_glyph.png", f"{folder}/my_glyph.png"), names)
+    return names["model_st"]
+
+
+def batched_module(model):
+    """What one would write for training with sentence-transformers: batches, and gradients."""
+    base = importlib.import_module("sentence_transformers.base.modules")
+
+    class Batched(base.InputModule):
+        modalities = ["text", "image", ("image", "text"), "message"]
+
+        def __init__(self):
+            super().__init__()
+            self.puma = model
+
+        def preprocess(self, inputs, prompt=None, **_):
+            batch = self.puma.collate(inputs)
+            # A mini-batch leaves out padding that it does not need, but only on the right.
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            order = (torch.arange(ids.shape[1]) - mask.sum(1, keepdim=True)) % ids.shape[1]
+            places = batch["position_ids"].transpose(0, 1)  # (B, 3, L): it slices the first axis
+            out = {"input_ids": ids.gather(1, order), "attention_mask": mask.gather(1, order),
+                   "position_ids": places.gather(2, order[:, None].expand(-1, 3, -1))}
+            if "grid_thw" in batch:
+                counts = [int(bool(item.get("image"))) for item in inputs]
+                out |= {"pixel_values": batch["pixel_values"], "image_grid_thw": batch["grid_thw"],
+                        "num_images_per_sample": torch.tensor(counts)}
+            return out
+
+        def forward(self, features):
+            inputs, last = dict(features), features["attention_mask"].sum(1) - 1
+            inputs.pop("num_images_per_sample", None)
+            places = features["position_ids"][..., : features["input_ids"].shape[1]]
+            inputs["position_ids"] = places.transpose(0, 1)
+            states = self.puma.backbone(**inputs, use_cache=False).last_hidden_state  # (B, L, D)
+            return {"sentence_embedding": states[torch.arange(len(last)), last]}
+
+        def save(self, *_, **__):
+            raise NotImplementedError
+
+    return importlib.import_module("sentence_transformers").SentenceTransformer(
+        modules=[Batched()], device="cpu")
+
+
+def trainer(model, batches, gradient):
+    """-> a function that does an optimizer step on each batch; it returns the first's loss."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=0.0)  # 0: losses stay comparable
+
+    def train():
+        found = []
+        for batch in batches:
+            optimizer.zero_grad()
+            found.append(gradient(batch))
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            optimizer.step()
+        return found[0]
+
+    return train
+
+
+def bench_sentence_transformers(steps=4, encoded=1024, sizes=(32, 64, 128)):
+    """Whole training steps, the reading of images included, and encoding of images in memory
+    against that library, on a CPU: the default run's model and batches, float32; with gradient
+    caching, the best mini-batch of each."""
+    if not importlib.util.find_spec("sentence_transformers"):
+        return line("sentence-transformers", "not installed")
+    losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    config = Config(loss="infonce", mask_duplicates=False)
+    ensure_data(config.data)
+    batches = TrainSet(Benchmark(config.data), config.batch_size, steps, config.tasks_per_batch)
+    batches = [batches[step] for step in range(steps)]
+    model = puma.PUMA.from_pretrained(config.model, keep_layers=config.keep_layers)
+    theirs = batched_module(copy.deepcopy(model))
+
+    def here(chunk_size=0):
+        config = Config(loss="infonce", mask_duplicates=False, chunk_size=chunk_size)
+        batcher, step_of = Batcher(model, config), large_batch_step if chunk_size else plain_step
+        return trainer(model, batches, lambda batch: step_of(
+            model, None, batcher(batch), 2, 0.5, config)["loss"].item())
+
+    def there(loss):
+        def gradient(batch):
+            columns = [theirs[0].preprocess(batch[side]) for side in ("queries", "targets")]
+            value = loss(columns, None)
+            value.backward()
+            return value.item()
+
+        return trainer(theirs, batches, gradient)
+
+    what, scale = "sentence-transformers / here, time", 1 / config.temperature
+    plain = there(losses.MultipleNegativesRankingLoss(theirs, scale=scale)), here()
+    one, other = (train() for train in plain)
+    assert abs(one - other) < 1e-3 * other, (one, other)  # the same loss of the same batch
+    slow, fast = seconds_of(*plain)
+    rate = config.batch_size * steps / fast
+    line(f"{what}: steps of {config.batch_size} pairs, MultipleNegativesRankingLoss",
+         f"{slow / fast:.2f}, here {rate:.0f} pairs/s", ">= 1.2")
+    cached = [there(losses.CachedMultipleNegativesRankingLoss(
+        theirs, scale=scale, mini_batch_size=size)) for size in sizes]
+    took = seconds_of(*cached, *map(here, sizes))
+    slow, fast = (dict(zip(sizes, part)) for part in (took[: len(sizes)], took[len(sizes) :]))
+    one, other = min(slow, key=slow.get), min(fast, key=fast.get)
+    line(f"{what}: CachedMultipleNegativesRankingLoss, best mini-batch / best --chunk-size",
+         f"{slow[one] / fast[other]:.2f} ({one} / {other})", ">= 1.2")
+
+    items = [item for batch in batches for item in batch["queries"] + batch["targets"]][:encoded]
+    parts = [{"text": "\n".join(filter(None, (item.get("instruction"), item["text"]))),
+              "image": item["image"] and Image.open(item["image"]).copy()} for item in items]
+    items = [{kind: part for kind, part in item.items() if part} for item in parts]
+    ways = [partial(found.encode, items, batch_size=64, normalize_embeddings=True)
+            for found in (readme_module(model), theirs)]
+    ways.append(partial(model.encode, items, show_progress=False))
+    for found in ways[:2]:
+        assert np.allclose(found(), ways[2](), atol=1e-4)
+    *slow, fast = seconds_of(*ways)
+    for name, took in zip(("the README's module", "a module that embeds batches"), slow):
+        line(f"{what}: encode {len(items):,} items, {name}",
+             f"{took / fast:.2f}, here {len(items) / fast:.0f} items/s", ">= 1.2")
 
 
 def bench_scale(folder, queries, candidates, steps=4000):

@@ -21,8 +21,7 @@ from conftest import ROOT
 from PIL import Image, ImageChops
 
 import toy.glyph_beir as generator
-from data import TASKS
-from toy.glyph_beir import World
+from toy.glyph_beir import TASKS, World
 
 EDIT_TASKS = (1, 6, 7, 8)
 SPLITS = ("val", "test", "zero")
@@ -371,7 +370,7 @@ def test_a_failed_build_leaves_nothing_and_gives_a_one_line_error(tmp_path, monk
         assert root.parent == tmp_path and root.name != "out"
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(generator, "write_pools", fail)  # queries and some images are written
+    monkeypatch.setattr(generator, "write_m_beir", fail)  # some images are written
     monkeypatch.setattr(sys, "argv", ["glyph_beir.py", "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as stop:
         generator.main()

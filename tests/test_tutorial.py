@@ -8,9 +8,15 @@ changed, store the outputs of a clean run (minutes on two cores):
 
 import ast
 import difflib
+import importlib.util
 import math
+import os
 import re
+import shutil
 import statistics
+import subprocess
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -57,6 +63,32 @@ def test_it_runs_from_top_to_bottom_and_its_solutions_solve(executed):
     assert len(executed) == len(CODE) + 6
     streams = [out for cell in executed for out in cell.outputs if out.output_type == "stream"]
     assert {out.name for out in streams} == {"stdout"}
+
+
+@pytest.mark.skipif(not (shutil.which("git") and importlib.util.find_spec("pip")),
+                    reason="needs git and pip")
+def test_on_a_hosted_machine_the_readmes_cell_makes_the_first_ones_run(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`!(git clone [^`]+)`", readme)
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
+        ".*", "data", "runs", "results", "__pycache__", "docs"))
+    git = ["git", "-C", source, "-c", "user.name=test", "-c", "user.email=test@localhost"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all files"]):
+        subprocess.run([*git, *arguments], check=True)
+    (tmp_path / "content").mkdir()  # the notebook alone is there, in an empty folder
+    cell = "!" + " ".join(command.replace("ADDRESS", str(source)).split())
+    cells = [cell, *(cell.source for cell in CODE[:2]), "print(evaluate.__file__)"]
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # its pip
+        patch.setenv("PIP_NO_INDEX", "1")  # what is required is there: nothing is fetched
+        NotebookClient(notebook, timeout=300, kernel_name="python3",
+                       resources={"metadata": {"path": str(tmp_path / "content")}}).execute()
+    installed, *_, imported = printed(notebook.cells)
+    assert installed.count("Requirement already satisfied: torch") and "ERROR" not in installed
+    assert imported.strip() == str(tmp_path / "content/puma/evaluate.py")
 
 
 def test_the_stored_numbers_are_those_of_this_model_and_code(executed):

@@ -44,6 +44,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from support.files import check_option, clear_errors, new_folder  # noqa: E402
+from support.pairs import write_m_beir  # noqa: E402
 
 DATASET, DATASET_ID = "glyph", 10  # M-BEIR's own datasets have the ids 0 to 9
 IMAGE_SIZE, FONT_SIZE, BASELINE = 56, 34, 41  # pixels; 56 = 2 x 28, so Qwen2-VL sees 2 x 2 tokens
@@ -292,11 +293,6 @@ def write_images(job):
         render(char, face).save(Path(root, image_path(char, face)), compress_level=1)
 
 
-def write_jsonl(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 class Pool:
     """The candidates of training or of evaluation, and who depicts what.
 
@@ -358,8 +354,8 @@ def make_queries(world, pool, split, task, count, query_faces, rng):
     return rows
 
 
-def write_queries(root, world, train_pool, pool, seed):
-    """All query files and qrels. Query ids run on over all files."""
+def make_splits(world, train_pool, pool, seed):
+    """Rows of all queries: training, {split: rows}. Query ids run on over all of them."""
     numbers = iter(range(1, 1_000_000))
 
     def numbered(rows):
@@ -376,43 +372,13 @@ def write_queries(root, world, train_pool, pool, seed):
     ]
     rng.shuffle(train)
     train = numbered(train)
-    write_jsonl(root / f"query/train/mbeir_{DATASET}_train.jsonl", train)
-    write_jsonl(root / "query/union_train/mbeir_union_up_train.jsonl", train)
     splits = {"val": (200, VAL_QUERY_FACES), "test": (500, TEST_QUERY_FACES),
               "zero": (500, TEST_QUERY_FACES)}
-    for split, (count, faces) in splits.items():
-        for task in TASKS:
-            rows = numbered(make_queries(world, pool, split, task, count, faces, rng))
-            cell = f"mbeir_{DATASET}_task{task}_{split}"
-            write_jsonl(root / f"query/{split}/{cell}.jsonl", rows)
-            qrels = root / f"qrels/{split}/{cell}_qrels.txt"
-            qrels.parent.mkdir(parents=True, exist_ok=True)
-            qrels.write_text("".join(
-                f"{row['qid']} 0 {did} 1 {task}\n" for row in rows for did in row["pos_cand_list"]
-            ))
-    return len(train)
-
-
-def write_pools(root, train_pool, pool):
-    """The global pools, and for each task the candidates of the modality that it looks for."""
-    folder = root / "cand_pool"
-    write_jsonl(folder / "global/mbeir_union_train_cand_pool.jsonl", train_pool.rows)
-    for split in ("val", "test"):
-        write_jsonl(folder / f"global/mbeir_union_{split}_cand_pool.jsonl", pool.rows)
-    for task, (_, modality) in TASKS.items():
-        rows = [row for row in pool.rows if row["modality"] == modality]
-        write_jsonl(folder / f"local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows)
-
-
-def write_instructions(root):
-    path = root / "instructions/query_instructions.tsv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3"
-    ]
-    for task, prompts in INSTRUCTIONS.items():
-        lines.append("\t".join([*TASKS[task], "GlyphBEIR", str(DATASET_ID), *prompts]))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return train, {
+        split: [row for task in TASKS
+                for row in numbered(make_queries(world, pool, split, task, count, faces, rng))]
+        for split, (count, faces) in splits.items()
+    }
 
 
 def draw_samples(root, world, path):
@@ -469,14 +435,18 @@ def build(out, seed=0, processes=None):
         context = multiprocessing.get_context("spawn")
         with context.Pool(processes or os.cpu_count(), ignore_interrupts) as workers:
             images = workers.map_async(write_images, jobs, chunksize=1)
-            count = write_queries(root, world, train_pool, pool, seed)
-            write_pools(root, train_pool, pool)
-            write_instructions(root)
+            train, splits = make_splits(world, train_pool, pool, seed)
+            prompts = {TASKS[task]: texts for task, texts in INSTRUCTIONS.items()}
+            pools = {"train": train_pool.rows, "val": pool.rows, "test": pool.rows}
+            write_m_beir(root, DATASET, DATASET_ID, prompts, train, splits, pools)
+            (root / "query/train").mkdir()  # M-BEIR has each dataset's own file besides the union
+            union = (root / "query/union_train/mbeir_union_up_train.jsonl").read_bytes()
+            (root / f"query/train/mbeir_{DATASET}_train.jsonl").write_bytes(union)
             images.get()
         draw_samples(root, world, root / "samples.png")
     return (
         f"{out}: {len(world.names):,} characters ({len(world.zero)} zero-shot), "
-        f"{len(world.relations):,} relations, {count:,} training queries, "
+        f"{len(world.relations):,} relations, {len(train):,} training queries, "
         f"{len(train_pool.rows):,} training and {len(pool.rows):,} test candidates"
     )
 
