@@ -64,7 +64,8 @@ class Run:
         if found:  # a step is done
             old = read_json(folder / "config.json")
             self._compare(old, f"--out {folder} exists with another", "choose another folder")
-        self.lock = FileLock(folder / ".lock", timeout=0)  # of a killed process: free again
+        # A killed process has no lock any more; its workers may have it for 5 s, then they end.
+        self.lock = FileLock(folder / ".lock", timeout=6)
         try:
             self.lock.acquire()
         except Timeout:
