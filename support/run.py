@@ -13,6 +13,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import torch
 from filelock import FileLock, Timeout  # a package that torch itself needs
@@ -80,8 +81,8 @@ class Run:
     def _compare(self, old, where, way_out):
         """ValueError naming the first of the decisive settings that differs from `old`."""
         for name, value in self.decisive.items():
-            if not isinstance(old, dict) or old.get(name, ...) != value:
-                was = old.get(name) if isinstance(old, dict) else old
+            was = old.get(name, "missing") if isinstance(old, dict) else old
+            if was != value:
                 raise ValueError(f"{where} {name}: {was!r:.80}, now {value!r:.80}; {way_out}")
 
     def __enter__(self):
@@ -126,7 +127,7 @@ class Run:
         whole = regular(self.metrics).read_bytes().count(b"\n")
         lines = parse_lines(self.metrics, parse, "a step of training, a JSON object",
                             lambda path, number, text: number > whole or refuse(path, number, text))
-        return [row for number, _, row in lines if number <= whole]
+        return [row for *_, row in lines]
 
     def save(self, model, optimizer, schedule, stage, step):
         """Trainable weights (safetensors), optimizer, schedule, each process's random state.
@@ -194,8 +195,7 @@ def _digest(folder):
     found = hashlib.sha256()
     for name in ("model.safetensors", "state.pt"):
         with regular(folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+            hashlib.file_digest(file, lambda: found)  # goes on with `found`, block by block
     return found.hexdigest()
 
 
@@ -244,9 +244,6 @@ def count_flops(function, *args):
 def measure_peak(device, size=2048):
     """Operations a second of a large matrix product: the practical peak of this machine."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    a, best = torch.randn(size, size, device=device, dtype=dtype), float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        (a @ a).sum().item()  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    seconds = repeat(lambda: (a @ a).sum().item(), number=1, repeat=4)  # item() waits for a GPU
+    return 2 * size**3 / min(seconds)
