@@ -329,10 +329,7 @@ def arguments():
 
 def main():
     with clear_errors():
-        try:
-            run(arguments())
-        finally:
-            distributed.stop()
+        run(arguments())
 
 
 def run(args):

@@ -378,10 +378,7 @@ def train_and_evaluate(config, device, run):
 def main():
     config = parse(description=__doc__.split("\n")[0])
     with clear_errors():
-        try:
-            run_stages(config)
-        finally:
-            distributed.stop()
+        run_stages(config)
 
 
 if __name__ == "__main__":
