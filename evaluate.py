@@ -338,9 +338,8 @@ def run(args):
     out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
     # A folder of --out gets its name when all is written; one of ours is written over.
     with new_folder(out) if args.out and first else contextlib.nullcontext(out) as folder:
-        if not args.pool and first:
+        if not args.pool:
             ensure_data(args.data)
-        distributed.gather_objects(None)  # the others wait
         model = PUMA.from_pretrained(args.model, device=device).eval()
         if args.query or args.image:
             written = show(model, args, folder)
@@ -362,13 +361,14 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written when its folder is absent."""
-    if str(folder) == DEFAULT_DATA and not Path(folder).exists():
+    """Have the default benchmark written when its folder is absent; other processes wait."""
+    if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
         print(f"writing GlyphBEIR to {folder} ...", flush=True)
         with contextlib.suppress(FileExistsError):  # another process was faster
             print(build(folder))
+    distributed.gather_objects(None)
 
 
 if __name__ == "__main__":

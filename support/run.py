@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import distributed
-from support.files import parse_lines, read_json, refuse, regular, write_json, write_text
+from support.files import (new_folder, parse_lines, read_json, refuse, regular, write_json,
+                           write_text)
 
 UNUSED = {".lock", "config.json", "config.json.tmp", "checkpoints"}  # a killed run's, with no step
 
@@ -73,7 +74,7 @@ class Run:
             raise ValueError(f"--out {folder} is in use by another process") from None
         if not found:
             write_json(folder / "config.json", settings or {})
-        for left in (folder / "checkpoints").glob("*.tmp"):
+        for left in (folder / "checkpoints").glob("*.tmp-*"):  # of a process that was killed
             shutil.rmtree(left)
         (folder / "checkpoints").mkdir(exist_ok=True)
         return folder
@@ -135,21 +136,17 @@ class Run:
         random = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]  # [] without a GPU
         state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                  "random": distributed.gather_objects(random)}
-        if not self.writes:
-            return
         folder = self.checkpoints / f"stage{stage}-step{step:06d}"
-        temporary = folder.with_suffix(".tmp")
+        if not self.writes or folder.exists():
+            return
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         try:
-            temporary.mkdir()
-            save_file(weights, temporary / "model.safetensors")
-            torch.save(state, temporary / "state.pt")
-            facts = {"settings": self.decisive, "sha256": _digest(temporary)}
-            write_json(temporary / "checkpoint.json", facts)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with new_folder(folder) as temporary:
+                save_file(weights, temporary / "model.safetensors")
+                torch.save(state, temporary / "state.pt")
+                facts = {"settings": self.decisive, "sha256": _digest(temporary)}
+                write_json(temporary / "checkpoint.json", facts)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             text = str(error).splitlines()[0]
             raise OSError(f"cannot write {folder}: {text}; those before are whole") from error
         for old in self._saved()[: -self.keep_checkpoints]:
