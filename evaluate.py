@@ -41,9 +41,8 @@ class Embedded:
     """All queries and candidates of some cells, each embedded once.
 
     `queries[cell name]` (Q, ..., D); `candidates` (N, ..., D), the items of `union`. The axis in
-    between is what `encode(items, facts)` returns there: several models or depths, say. `facts`:
-    the items' files and what else selects them, a key for `Store`. `sample`: of each local pool
-    only the positives and so many others; the global pool is then all of these together.
+    between is what `encode(items)` returns there: several models or depths, say. `sample`: of each
+    local pool only the positives and so many others; the global pool is then all these together.
     """
 
     def __init__(self, benchmark, cells, split, encode, sample=None):
@@ -57,7 +56,7 @@ class Embedded:
                 warn(path, 0, f"it has no right candidate for {lost:,} of {len(cell.items):,} "
                      f"queries of {cell.name}, which count as misses")
         if len(self.union) == len(self.pools[paths[0]]):  # the global pool holds the local ones
-            del paths[1:]  # a search through it uses the same embeddings
+            self.union = self.pools[paths[0]]  # a search through it uses the same embeddings
         if sample is not None:
             for cell in cells:
                 pool, positives = self.pools[cell.pool_path], set.union(*cell.relevant)
@@ -65,10 +64,9 @@ class Embedded:
             keys = {key for cell in cells for key in self.pools[cell.pool_path].keys.tolist()}
             self.union = self.pools[self.global_path] = self.union.sample(keys, 0)
         counts = [len(cell.items) for cell in cells]
-        facts = [benchmark.prompts_path, *(cell.path for cell in cells), *counts, benchmark.seed]
-        queries = encode([item for cell in cells for item in cell.items], facts)
+        queries = encode([item for cell in cells for item in cell.items])
         self.queries = {cell.name: part for cell, part in zip(cells, queries.split(counts))}
-        self.candidates = encode(self.union, paths)
+        self.candidates = encode(self.union)
 
     def row(self, key):
         """The index in `union` of a did key."""
@@ -123,7 +121,7 @@ def efficiency(model, items, batch_size=64, runs=3):
 
 
 def storing_encoder(models, name, batch_size=64, skip_bad=False):
-    """-> encode(items, facts) -> (N, M, D) embeddings of M models, kept in the folder of the last,
+    """-> encode(items) -> (N, M, D) embeddings of M models, kept in the folder of the last one,
     whose path or hub id is `name`. The models share the last one's vision tower."""
     last, width = models[-1], models[-1].ret_embedding.numel()
     dtypes = [str(model.ret_embedding.dtype) for model in models]
@@ -133,8 +131,8 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
         visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
         return torch.stack([model(batch, visual) for model in models], dim=1)
 
-    def encode(items, facts):
-        vectors = store.embed(items, facts, lambda part: last.encode(
+    def encode(items):
+        vectors = store.embed(items, lambda part: last.encode(
             part, batch_size, show_progress=False, forward=states).flatten(1),
             len(models) * width, skip_bad)
         return vectors.unflatten(1, (len(models), width))
@@ -203,13 +201,12 @@ def show(model, args, out):
     root = Path(args.pool or args.data)
     if args.pool and not (root / "cand_pool").is_dir():
         items = Folder(root)
-        facts = [root.resolve(), *items.files]
     else:
         benchmark = Benchmark(root)
-        facts = [benchmark.global_pool_path("test")]
-        if facts == [None]:
+        path = benchmark.global_pool_path("test")
+        if path is None:
             raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
-        items = benchmark.pool(*facts)
+        items = benchmark.pool(path)
         if args.modality and not args.instruction:
             kinds = ",".join(kind for kind in ("image", "text") if query[kind])
             task = modality_class(kinds), modality_class(args.modality)
@@ -217,7 +214,7 @@ def show(model, args, out):
             query["instruction"] = next(iter(prompts), None)
     vector = model.encode(query)[None]  # first, as a bad image should fail at once
     encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
-    vectors = encode(items, facts)[:, 0]
+    vectors = encode(items)[:, 0]
     if distributed.rank():
         return
     good = ~vectors[:, 0].isnan()
@@ -276,7 +273,7 @@ def compare_depths(model, benchmark, split="test", depths=None, keep_last=False,
     if not 1 <= depths[0] <= depths[-1] <= full:
         raise ValueError(f"--depths must be in 1..{full}, got {depths}")
     cells, states_of = benchmark.cells(split, queries), read_out(model, keep_last)
-    embedded = Embedded(benchmark, cells, split, lambda items, _facts: model.encode(
+    embedded = Embedded(benchmark, cells, split, lambda items: model.encode(
         items, batch_size, forward=states_of), candidates)
     last, sample = embedded.candidates[:, full], [i for cell in cells for i in cell.items[:16]]
     rows = []

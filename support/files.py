@@ -157,7 +157,7 @@ class Pool:
     """
 
     def __init__(self, tables, root, places=None):
-        self.tables, self.root = tables, root
+        self.tables, self.root, self.files = tables, root, [table.path for table in tables]
         keys, modality = map(np.concatenate, zip(*(table.columns[:2] for table in tables)))
         self.starts = np.cumsum([0, *map(len, tables)])  # place of each table's first line
         if places is None:  # the first line of each did

@@ -1,7 +1,7 @@
 """Embed once into a file, then search it exactly, in memory that does not grow with the pool.
 
     store = Store("runs/puma-1/model", settings)
-    vectors = store.embed(pool, [pool_file], encode, width)     # (N, D) float16, a memory map
+    vectors = store.embed(pool, encode, width)                  # (N, D) float16, a memory map
     scores, rows = search(queries, vectors, k=10)               # best first
 
 The first call embeds chunk by chunk into `runs/puma-1/model/cache/<key>.npy`; a call after a kill
@@ -90,12 +90,13 @@ class Store:
         if not (Path(name).is_dir() and os.access(home, os.W_OK)):
             self.folder = Path("results") / "-".join(Path(name).parts[-2:]) / "cache"
 
-    def embed(self, items, facts, encode, width, skip_bad=False):
-        """Embeddings (N, `width`) of a sequence of items, from the file or computed into it. facts:
-        their files as Paths, and what else selects them. The rest as in `embed_to_file`."""
+    def embed(self, items, encode, width, skip_bad=False):
+        """Embeddings (N, `width`) of a sequence of items, from the file or computed into it. A pool
+        is known by its `files`, other items by what they are. The rest as in `embed_to_file`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / ".gitignore").write_text("*\n")
-        key = fingerprint([*self.parts, *facts, len(items), skip_bad])
+        known_by = getattr(items, "files", items)
+        key = fingerprint([*self.parts, *known_by, len(items), skip_bad])
         return embed_to_file(self.folder / f"{key}.npy", items, encode, width, skip_bad)
 
 

@@ -216,16 +216,17 @@ def test_a_store_computes_again_when_the_model_its_settings_or_the_pool_change(t
     model.mkdir()
     for file in (model / "config.json", pool):
         file.write_text("{}")
-    encode = Encoder()
+    encode, of_a_file = Encoder(), type("OfAFile", (list,), {"files": [pool]})
 
-    def computed(*settings, items=TEXTS[:5]):
+    def computed(*settings, items=of_a_file(TEXTS[:5])):
         encode.seen = []
-        vectors = Store(model, *settings).embed(items, [pool], encode, 3)
+        vectors = Store(model, *settings).embed(items, encode, 3)
         assert torch.equal(vectors, Encoder()(items).half())
         return len(encode.seen)
 
     assert [computed("a"), computed("a"), computed("b"), computed("b")] == [5, 0, 5, 0]
-    assert [computed("a", items=TEXTS[:4]), computed("a")] == [4, 0]
+    assert [computed("a", items=of_a_file(TEXTS[:4])), computed("a")] == [4, 0]
+    assert [computed("a", items=texts) for texts in (TEXTS[:5], TEXTS[1:6], TEXTS[:5])] == [5, 5, 0]
     for file in (model / "config.json", pool):
         file.write_text("{ }")
         assert [computed("a"), computed("a")] == [5, 0]
@@ -236,7 +237,7 @@ def test_the_files_of_a_hub_model_are_under_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub").mkdir()
     monkeypatch.setattr("support.index.cached_file", lambda name, file: tmp_path / "hub" / file)
-    Store("Qwen/Qwen2-VL-2B-Instruct").embed(TEXTS, [], Encoder(), 3)
+    Store("Qwen/Qwen2-VL-2B-Instruct").embed(TEXTS, Encoder(), 3)
     assert len(list(tmp_path.glob("results/Qwen-Qwen2-VL-2B-Instruct/cache/*.npy"))) == 1
     assert not list((tmp_path / "hub").iterdir()), "the hub's folder is not ours"
 
@@ -245,7 +246,7 @@ def test_the_files_of_a_model_in_a_read_only_folder_are_under_results(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/puma-1/model").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    Store("runs/puma-1/model").embed(TEXTS, [], Encoder(), 3)
+    Store("runs/puma-1/model").embed(TEXTS, Encoder(), 3)
     assert len(list(tmp_path.glob("results/puma-1-model/cache/*.npy"))) == 1
 
 
@@ -262,8 +263,8 @@ def test_unreadable_items_are_named_or_skipped(tmp_path):
     store = Store(tmp_path)
     for _ in range(2):  # what was skipped in between is an error again
         with pytest.raises(ValueError, match="cannot read image .*bad.png"):
-            store.embed(items, [], encode, 3)
-        vectors = store.embed(items, [], encode, 3, skip_bad=True)
+            store.embed(items, encode, 3)
+        vectors = store.embed(items, encode, 3, skip_bad=True)
         assert vectors.isnan().all(1).tolist() == [False, True, False]
         assert vectors[2].tolist() == [2, 6, 1]
     with pytest.raises(ValueError, match="^cannot read image .*bad.png"):
