@@ -193,19 +193,18 @@ def write_results(out, results, text, embedded, cells, rankings):
 def show(model, args, out):
     """Search for args.query and args.image; print the args.k best, draw them into out; -> the file.
 
-    args.pool: a folder or M-BEIR directory instead of args.data. args.modality: only its
-    candidates; a query without instruction then gets the benchmark's for that task. args.skip_bad:
-    leave files out that cannot be read. Raises ValueError on bad input.
+    args.pool: a folder of files, instead of args.data. args.modality: only its candidates; a query
+    without instruction then gets the benchmark's for that task. args.skip_bad: leave files out that
+    cannot be read. Raises ValueError on bad input.
     """
     query = {"text": args.query, "image": args.image, "instruction": args.instruction}
-    root = Path(args.pool or args.data)
-    if args.pool and not (root / "cand_pool").is_dir():
-        items = Folder(root)
+    if args.pool:
+        items = Folder(args.pool)
     else:
-        benchmark = Benchmark(root)
+        benchmark = Benchmark(args.data)
         path = benchmark.global_pool_path("test")
         if path is None:
-            raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
+            raise ValueError(f"{args.data}/cand_pool/global: expected mbeir_union_test_cand_pool")
         items = benchmark.pool(path)
         if args.modality and not args.instruction:
             kinds = ",".join(kind for kind in ("image", "text") if query[kind])
@@ -302,7 +301,7 @@ def arguments():
     option("--query", help="search for this text instead of evaluating")
     option("--image", help="search for this image; with --query for both together")
     option("--instruction", help="what to look for, in front of the query's text")
-    option("--pool", help="search this folder of images and .txt files, or M-BEIR directory")
+    option("--pool", help="search this folder of images and .txt files instead of --data")
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--k", type=int, default=10, help="how many results a search shows")
     option("--skip-bad", action="store_true", help="search without the files that cannot be read")

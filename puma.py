@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available, logging
 
-from support.files import check_option, new_folder, regular
-from support.items import as_item, image_size, load_image, load_video
+from support.files import check_option, new_folder
+from support.items import as_item, image_size, load_image, load_video, regular
 from support.run import prepared
 
 RET = "[RET]"

@@ -21,7 +21,7 @@ from typing import get_args
 
 import numpy as np
 
-from support.items import MODALITIES, check_text
+from support.items import MODALITIES, check_text, regular
 
 TASKS = {  # M-BEIR's task id -> (query modality, candidate modality); it has no data for 5
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
@@ -39,12 +39,6 @@ def refuse(path, number, text):
     """What is wrong with a line (0: the file as a whole) becomes a ValueError "file:line: text"."""
     raise ValueError(f"{path}:{number}: {text}" if number else f"{path}: {text}")
 
-
-def regular(path):
-    """The path; ValueError if there is something else than a file: a pipe would block for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        refuse(path, 0, "expected a regular file")
-    return Path(path)
 
 
 def parse_lines(path, parse, expected, on_error=refuse, header=0):

@@ -45,6 +45,13 @@ def check_text(text, name):
         raise ValueError(f"{name}: expected valid Unicode, got {text!r:.80}") from None
 
 
+def regular(path):
+    """The path; ValueError if there is something else than a file: a pipe would block for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: expected a regular file")
+    return Path(path)
+
+
 def open_image(image):
     """A path or PIL image -> PIL image, its header checked, its pixels not yet decoded.
 
@@ -52,9 +59,7 @@ def open_image(image):
     more than 200 times as long as wide, which Qwen2-VL's image processor refuses.
     """
     if not isinstance(image, Image.Image):
-        if Path(image).exists() and not Path(image).is_file():  # a pipe would block for ever
-            raise ValueError("it is no regular file")
-        image = Image.open(image)
+        image = Image.open(regular(image))
     width, height = image.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} pixels are too many")

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from support import distributed
-from support.files import (new_folder, parse_lines, read_json, refuse, regular, write_json,
-                           write_text)
+from support.files import new_folder, parse_lines, read_json, refuse, write_json, write_text
+from support.items import regular
 
 UNUSED = {".lock", "config.json", "config.json.tmp", "checkpoints"}  # a killed run's, with no step
 

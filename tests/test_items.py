@@ -114,7 +114,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
     Image.new("L", (1, 200)).save(tmp_path / "just.png")
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in (("cut", "truncated"), ("text", "cannot identify"),
-                         ("missing", "No such file"), ("pipe", "it is no regular file"),
+                         ("missing", "No such file"), ("pipe", "expected a regular file"),
                          ("long", "1 x 201 pixels: one side is over 200 times the other")):
         path = tmp_path / f"{name}.png"
         with pytest.raises(ValueError, match=f"cannot read image .*{name}.png: .*{reason}"):
