@@ -31,7 +31,7 @@ from settings import DEFAULT_DATA
 from support import distributed, report
 from support.files import (check_option, clear_errors, did_text, modality_class, new_folder,
                            printable, warn, write_json, write_text)
-from support.index import Store, search
+from support.index import embed_to_file, search, stored_path
 from support.items import MODALITIES, Folder
 from support.pictures import draw_depths, draw_gallery
 from support.run import count_flops
@@ -125,14 +125,15 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     whose path or hub id is `name`. The models share the last one's vision tower."""
     last, width = models[-1], models[-1].ret_embedding.numel()
     dtypes = [str(model.ret_embedding.dtype) for model in models]
-    store = Store(name, last.max_text_tokens, dict(last.image_processor.size), dtypes)
+    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), dtypes
 
     def states(batch):
         visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
         return torch.stack([model(batch, visual) for model in models], dim=1)
 
     def encode(items):
-        vectors = store.embed(items, lambda part: last.encode(
+        path = stored_path(name, items, *settings, skip_bad)
+        vectors = embed_to_file(path, items, lambda part: last.encode(
             part, batch_size, show_progress=False, forward=states).flatten(1),
             len(models) * width, skip_bad)
         return vectors.unflatten(1, (len(models), width))
