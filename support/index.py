@@ -149,17 +149,15 @@ def _create(path, shape, chunks):
 
 
 def _encode(items, rows, encode, width, skip_bad):
-    """Embeddings (rows, width); an item that `encode` refuses is named, or, with `skip_bad`, NaN.
-    """
+    """Embeddings (rows, width); with `skip_bad`, NaN for an item that `encode` refuses."""
     try:
         out = encode([items[i] for i in rows])
-    except ValueError as error:
+    except ValueError:
+        if not skip_bad:
+            raise
         if len(rows) > 1:  # which of them?
             return torch.cat([_encode(items, [i], encode, width, skip_bad) for i in rows])
-        if skip_bad:
-            return torch.full((1, width), torch.nan)
-        place = f"{items.place(rows[0])}: " if hasattr(items, "place") else ""
-        raise ValueError(f"{place}{error}") from error
+        return torch.full((1, width), torch.nan)
     if not (good := out.isfinite().all(1)).all():
         bad = items[rows[int(good.int().argmin())]]
         raise ValueError(f"the model's embedding of {bad} is NaN or infinite")

@@ -16,6 +16,10 @@ SUFFIXES = (".txt", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 UNREADABLE = Exception  # Pillow raises errors of every kind on a broken file
 
 
+class Item(dict):
+    """An item whose errors name its `place`, a file and line."""
+
+
 def as_item(item):
     """A str (text), PIL image or Path (image), or dict -> dict of text, image, video, instruction.
 
@@ -115,6 +119,17 @@ def load_video(video, max_frames=8):
     if len(sizes) != 1:
         raise ValueError(f"the video {name} needs frames of one size, got {sizes or 'no frame'}")
     return [*frames, *frames[-1:]] if len(frames) % 2 else frames  # Qwen2-VL merges them in pairs
+
+
+def load_frames(item, max_frames=8):
+    """An item's picture, or those of its video; an error names the item's place, if it has one."""
+    try:
+        if item.get("image"):
+            return [load_image(item["image"])]
+        return load_video(item["video"], max_frames)
+    except ValueError as error:
+        place = getattr(item, "place", None)
+        raise ValueError(f"{place}: {error}" if place else str(error)) from error
 
 
 def image_size(image):
