@@ -135,20 +135,20 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
                                   eps=1e-7, weight_decay=config.weight_decay)  # as in the paper
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
     student.train()  # dropout is on; there is none but LoRA's
-    if config.lora_rank:
-        set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
+    set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
     alone = distributed.world_size() == 1
     step_of = plain_step if alone and not config.chunk_size else large_batch_step
     items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
-        batch = move(batcher.step(0), device)
-        own_flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
+        own_flops = count_flops(step_of, student, teacher, move(batcher.step(0), device), stage,
+                                0.0, config)
     # Dropout follows from seed, stage and rank alone, whatever was drawn before.
     torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
     if first:
         run.load_state(optimizer, schedule)  # with the random numbers of that step
-    bar = tqdm(prepared(batcher.step, range(first, steps), config.workers), f"stage {stage}",
-               total=steps, initial=first, disable=not run.writes)  # one for all processes
+    bar = prepared(batcher.step, range(first, steps), config.workers)
+    if run.writes:  # one bar for all processes
+        bar = tqdm(bar, f"stage {stage}", steps, initial=first, unit="step")
     started, step = time.perf_counter(), first - 1
     try:
         for step, batch in enumerate(bar, first):
