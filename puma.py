@@ -103,6 +103,8 @@ class PUMA(nn.Module):
             # "shortest_edge", "longest_edge" are the least and the most pixels of an image, oddly.
             processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
             _add_ret_token(tokenizer, backbone)
+            if max(tokenizer.get_vocab().values()) >= len(backbone.get_input_embeddings().weight):
+                raise ValueError("its tokenizer has ids that its embedding table has not")
             model = cls(backbone, tokenizer, processor, *map(limits.get, names[1:])).to(device)
             # Whatever else is wrong in the folder, template or processor, shows in a first item.
             trial = model.encode({"text": "a", "image": Image.new("RGB", (56, 56))},

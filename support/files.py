@@ -233,11 +233,11 @@ def new_folder(folder):
     """Yield a folder to write in, which gets the name `folder` when all is written: after an error
     or a kill there is none of that name. FileExistsError if there is one, before or at the end."""
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder")
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a kill, if that process is gone
         if Path("/proc/self").exists() and not Path("/proc", left.suffix[5:]).exists():
             shutil.rmtree(left, ignore_errors=True)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder")
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:

@@ -429,6 +429,8 @@ def run(args):
         load_config(args.measure)
     elif Path(args.out).exists():
         raise ValueError(f"--out {args.out} exists: choose another folder")
+    if not args.measure:
+        Path(args.work).mkdir(parents=True, exist_ok=True)  # fails now or never
     if not Path(args.data).exists():
         print(build(args.data))
     if args.measure:
