@@ -216,6 +216,8 @@ def prepared(make, steps, workers):
             yield value
     except RuntimeError as error:
         raise ChildProcessError(str(error).splitlines()[0]) from error
+    finally:
+        del found  # ends the workers: they ignore what Python sends them at its exit, and waits for
 
 
 def _returned(make, step):

@@ -525,6 +525,7 @@ def test_bad_data_in_a_worker_is_named_with_file_and_line(glyph_beir, tmp_path, 
         error = capsys.readouterr().err.strip().splitlines()[-1]
         number = int(re.match(rf"error: {path}:(\d+): cannot read image ", error)[1])
         assert rows[number - 1]["query_img_path"] and not (tmp_path / "run").exists(), error
+        assert not multiprocessing.active_children(), "Python would wait for them at its exit"
 
 
 def test_a_worker_that_is_killed_ends_the_run_with_a_checkpoint(glyph_beir, tmp_path, monkeypatch,
