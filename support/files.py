@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from array import array
 from pathlib import Path
 from typing import get_args
@@ -291,7 +292,13 @@ def clear_errors():
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
         print(printable(f"error: {text}"), file=sys.stderr)
-        sys.exit(2)
+        _end(error, 2)
     except KeyboardInterrupt as stop:
         print(f"stopped{stop}", file=sys.stderr)
-        sys.exit(130)
+        _end(stop, 130)
+
+
+def _end(error, status):
+    # Its traceback holds local variables, a loader of batches, say, whose processes would live on.
+    traceback.clear_frames(error.__traceback__)
+    sys.exit(status)
