@@ -244,10 +244,10 @@ class PUMA(nn.Module):
         # The tower is frozen, so a picture's tokens are the same in every epoch. Chunks are the
         # same in every run, too, so that a run that is continued has the same roundings.
         files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of a small picture's tokens
-        for item in map(as_item, items):
+        for looked, item in enumerate(map(as_item, items)):
             if isinstance(visual_of(item), str):
                 files.setdefault(visual_of(item), item)
-            if len(files) * least > budget:  # do not read millions of lines for nothing
+            if len(files) * least > budget or looked > 200_000:  # to look takes time as well
                 return
         names, found, size = list(files), {}, 0
         parts = [[files[name] for name in names[start : start + chunk]]

@@ -36,7 +36,7 @@ def test_a_handful_of_files_of_the_promised_length():
     too_long = {name: lines(name) for name, most in BUDGETS.items() if lines(name) > most}
     assert not too_long
     assert sum(lines(name) for name in METHOD if name.startswith("support/")) <= 1_470
-    assert sum(map(lines, METHOD)) <= 3_440
+    assert sum(map(lines, METHOD)) <= 3_450
 
 
 @pytest.mark.parametrize("name", SOURCES)
