@@ -43,12 +43,12 @@ PROMPT = "\nSummarize above {} in one word: "
 class PUMA(nn.Module):
     """A (pruned) Qwen2-VL or Qwen2.5-VL that embeds items; build it with `from_pretrained`."""
 
-    def __init__(self, backbone, tokenizer, image_processor, max_text_tokens=450):
+    def __init__(self, backbone, tokenizer, image_processor, max_text_tokens=450, max_frames=8):
         super().__init__()
         if RET not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {RET} token; PUMA.from_pretrained adds it")
         self.backbone, self.tokenizer, self.image_processor = backbone, tokenizer, image_processor
-        self.max_text_tokens = max_text_tokens
+        self.max_text_tokens, self.max_frames = max_text_tokens, max_frames
         self.ret_id = tokenizer.convert_tokens_to_ids(RET)
         table = backbone.get_input_embeddings().weight.requires_grad_(False)
         self.ret_embedding = nn.Parameter(table[self.ret_id].detach().clone())  # (D,)
@@ -63,13 +63,13 @@ class PUMA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, keep_layers=None, *, max_visual_tokens=None,
-                        max_text_tokens=None, dtype=None, device="cpu"):
+                        max_text_tokens=None, max_frames=None, dtype=None, device="cpu"):
         """Load a checkpoint folder or hub id, only its first `keep_layers` decoder layers.
 
         `max_visual_tokens` caps the size of images (a token is 28 x 28 pixels), `max_text_tokens`
-        cuts instruction + text; by default both are what the model was trained with, or the paper's
-        300 and 450. `dtype`: float32 on a CPU, bfloat16 on a GPU, there with FlashAttention if
-        installed. ValueError on a bad depth, an incomplete folder, weights of another model.
+        cuts instruction + text, a video is read at `max_frames` (even); by default as in training,
+        or the paper's 300 and 450, and 8. `dtype`: float32 on a CPU, bfloat16 on a GPU, there with
+        FlashAttention if installed. ValueError on a bad depth, an incomplete folder, other weights.
         """
         check_folder(name_or_path)
         with _loading(name_or_path):
@@ -83,9 +83,10 @@ class PUMA(nn.Module):
         text_config.num_hidden_layers = keep_layers or depth  # the rest of the file is not read
         text_config.layer_types = text_config.layer_types[:keep_layers]
         # Limits, in rising priority: the paper's, those of a saved PUMA, the arguments.
-        limits = {"max_visual_tokens": 300, "max_text_tokens": 450, **getattr(config, "puma", {})}
-        given = {"max_visual_tokens": max_visual_tokens, "max_text_tokens": max_text_tokens}
-        limits |= {name: limit for name, limit in given.items() if limit is not None}
+        names = ("max_visual_tokens", "max_text_tokens", "max_frames")
+        limits = {**dict(zip(names, (300, 450, 8))), **getattr(config, "puma", {})}
+        given = zip(names, (max_visual_tokens, max_text_tokens, max_frames))
+        limits |= {name: limit for name, limit in given if limit is not None}
         config.puma = limits  # saved with the model: it is evaluated as it was trained
         dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
         fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
@@ -101,7 +102,7 @@ class PUMA(nn.Module):
         # "shortest_edge" and "longest_edge" are the least and the most pixels of an image, oddly.
         processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
         _add_ret_token(tokenizer, backbone)
-        return cls(backbone, tokenizer, processor, limits["max_text_tokens"]).to(device)
+        return cls(backbone, tokenizer, processor, *map(limits.get, names[1:])).to(device)
 
     def save_pretrained(self, folder):
         """Write an ordinary transformers checkpoint; the stock classes load it without this file.
@@ -143,13 +144,15 @@ class PUMA(nn.Module):
         options = {"add_special_tokens": False, "split_special_tokens": not special}
         return self.tokenizer(texts, **options)["input_ids"]
 
-    def patches(self, visuals):
-        """Lists of frames (one frame: a still) -> patches (P, 3 * 2 * 14 * 14), grids (visuals, 3).
+    def patches(self, items):
+        """Items with an image or a video -> patches (P, 3 * 2 * 14 * 14), grids (items, 3).
 
         A grid (T, H, W) counts patches; 2 x 2 of them become one visual token. A patch spans two
         frames: the image processor repeats a still, a video puts its next frame there.
         """
-        frames = [load_image(frame) for visual in visuals for frame in visual]
+        visuals = [[load_image(item["image"])] if item.get("image")
+                   else load_video(item["video"], self.max_frames) for item in items]
+        frames = [frame for visual in visuals for frame in visual]
         out = self.image_processor(images=frames, return_tensors="pt")
         pixels, grids = out["pixel_values"], out["image_grid_thw"]  # (P, 1176), (frames, 3)
         if len(frames) == len(visuals):  # no video
@@ -175,16 +178,14 @@ class PUMA(nn.Module):
         items, config = [as_item(item) for item in items], self.backbone.config
         texts = ["\n".join(filter(None, (i.get("instruction"), i.get("text")))) for i in items]
         kinds = [visual_kind(item) for item in items]
-        visuals = [[item["image"]] if kind == "image" else load_video(item["video"])
-                   for item, kind in zip(items, kinds) if kind]
         batch, sizes = {}, {}
-        if visuals:
-            pixels, grids = self.patches(visuals)
+        if any(kinds):
+            pixels, grids = self.patches([item for item, kind in zip(items, kinds) if kind])
             batch = {"pixel_values": pixels, "grid_thw": grids}
             videos = torch.tensor([kind == "video" for kind in kinds if kind])
             sizes = {"image_grid_thw": grids[~videos], "video_grid_thw": grids[videos]}
         # A visual has as many placeholders as the tower gives tokens; `forward` fills them in.
-        counts = iter(grids.prod(-1).tolist() if visuals else ())
+        counts = iter(grids.prod(-1).tolist() if batch else ())
         rows, tails = [], tails or [self.summary_tail(item) for item in items]
         for kind, text_ids, tail in zip(kinds, self.tokenize(texts), tails):
             visual_ids = []

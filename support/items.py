@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 
 MODALITIES = ("text", "image", "image,text", "video", "video,text")  # index = modality class
 SUFFIXES = (".txt", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -86,21 +86,29 @@ def load_image(image):
         raise ValueError(f"cannot read image {name}: {error}") from error
 
 
-def load_video(video):
+def load_video(video, max_frames=8):
     """A list of frames, or an animated GIF, WebP or PNG file -> an even number of RGB frames.
 
-    ValueError if there is no frame, or if their sizes differ, or for a file that needs a decoder.
+    At most `max_frames`, in even steps from the first to the last; a still is shown twice.
+    ValueError naming the file if it is unreadable; if there is no frame or their sizes differ.
     """
-    if not isinstance(video, list | tuple):
+    def places(count):
+        return np.linspace(0, count - 1, min(count, max_frames)).round().astype(int).tolist()
+
+    name = "given as frames" if isinstance(video, list | tuple) else video
+    if name is not video:
+        frames = [load_image(video[i]) for i in places(len(video))]
+    else:
         try:
-            with open_image(video) as file:
-                video = [frame.copy() for frame in ImageSequence.Iterator(file)]
+            with open_image(video) as file:  # seek() may decode all before a frame, but keeps none
+                frames = [load_image(file.seek(i) or file.copy())
+                          for i in places(getattr(file, "n_frames", 1))]
         except UNREADABLE as error:
-            raise ValueError(f"cannot read video {video}: {error}; pass its frames") from error
-    frames = [load_image(frame) for frame in video]
+            raise ValueError(f"cannot read video {name}: {error}; "
+                             "pass its frames, or an animated GIF, WebP or PNG") from error
     sizes = sorted({frame.size for frame in frames})
     if len(sizes) != 1:
-        raise ValueError(f"the frames of a video need one size, got {sizes or 'no frame'}")
+        raise ValueError(f"the video {name} needs frames of one size, got {sizes or 'no frame'}")
     return [*frames, *frames[-1:]] if len(frames) % 2 else frames  # Qwen2-VL merges them in pairs
 
 

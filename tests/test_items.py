@@ -147,14 +147,57 @@ def test_transparent_frames_of_a_video_are_white_as_well(tmp_path):
     assert load_video(tmp_path / "clip.png")[0].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_video_without_frames_of_unequal_sizes_or_unreadable_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"one size, got \[\(4, 4\), \(8, 8\)\]"):
-        load_video([Image.new("RGB", (size, size)) for size in (8, 4, 8)])
-    with pytest.raises(ValueError, match="one size, got no frame"):
-        load_video([])
-    (tmp_path / "clip.mp4").write_bytes(b"\0\0\0 ftypisom")
-    with pytest.raises(ValueError, match=r"cannot read video .*clip.mp4: .*pass its frames"):
-        load_video(tmp_path / "clip.mp4")
+@pytest.mark.parametrize("name", ["clip.gif", "clip.png", "clip.webp"])
+def test_of_a_long_video_max_frames_are_read_evenly_from_the_first_to_the_last(tmp_path, name):
+    frames = [Image.new("RGB", (8, 8), (10 * i, 0, 0)) for i in range(22)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+    for most, expected in ((8, [0, 3, 6, 9, 12, 15, 18, 21]), (4, [0, 7, 14, 21]), (2, [0, 21])):
+        for video in (tmp_path / name, frames):
+            shown = load_video(video, most)
+            assert [frame.getpixel((0, 0))[0] // 10 for frame in shown] == expected
+    assert len(load_video(tmp_path / name)) == 8 and len(load_video(frames, 30)) == 22
+
+
+def test_of_10_000_frames_only_those_that_are_sampled_are_opened(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    paths = [tmp_path / "missing.png"] * 10_000
+    for i in (0, 3333, 6666, 9999):
+        paths[i] = tmp_path / "a.png"
+    assert len(load_video(paths, 4)) == 4
+    with pytest.raises(ValueError, match="missing.png"):
+        load_video(paths, 6)
+
+
+def test_a_still_or_one_frame_is_a_video_of_two_equal_frames(tmp_path):
+    picture = Image.linear_gradient("L").resize((8, 8))
+    picture.save(tmp_path / "still.png")
+    for video in (tmp_path / "still.png", [picture], [tmp_path / "still.png"]):
+        first, second = load_video(video)
+        assert first.tobytes() == second.tobytes() == picture.convert("RGB").tobytes()
+
+
+def refused(video):
+    with pytest.raises(ValueError) as error:
+        load_video(video)
+    return str(error.value)
+
+
+def test_a_video_without_frames_of_unequal_sizes_or_unreadable_is_refused_by_name(tmp_path):
+    frames = [Image.effect_noise((size, size), 50) for size in (8, 4, 8)]
+    unequal = "needs frames of one size, got [(4, 4), (8, 8)]"
+    assert refused(frames) == f"the video given as frames {unequal}"
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert refused(tmp_path / "a.tif") == f"the video {tmp_path / 'a.tif'} {unequal}"
+    assert refused([]) == "the video given as frames needs frames of one size, got no frame"
+    (tmp_path / "film.mp4").write_bytes(b"\0\0\0 ftypisom")
+    for name in ("clip.gif", "clip.png", "clip.webp"):
+        frames = [Image.effect_noise((32, 32), 50) for _ in range(5)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-500])  # within the last one
+    for name in ("clip.gif", "clip.png", "clip.webp", "film.mp4", "missing.gif"):
+        error = refused(tmp_path / name)
+        assert error.startswith(f"cannot read video {tmp_path / name}: ") and "\n" not in error
+        assert error.endswith("; pass its frames, or an animated GIF, WebP or PNG")
 
 
 def test_a_folders_images_and_texts_are_its_items_without_hidden_ones(tmp_path):

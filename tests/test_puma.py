@@ -30,11 +30,20 @@ ITEMS = [
 ]
 
 
-def stock_inputs(batch, config):
-    """A batch of ours as the stock class takes it, which then computes positions by itself."""
+def stock_inputs(batch, config, kinds="image"):
+    """A batch of ours as the stock class takes it, which then computes positions by itself.
+
+    `kinds`: "image", or the kind of each visual."""
     batch = {key: value for key, value in batch.items() if key != "position_ids"}
-    batch["image_grid_thw"] = batch.pop("grid_thw")
-    batch["mm_token_type_ids"] = (batch["input_ids"] == config.image_token_id).int()
+    pixels, grids = batch.pop("pixel_values"), batch.pop("grid_thw")
+    parts = pixels.split(grids.prod(-1).tolist())
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        own = [i for i in range(len(grids)) if kind in (kinds, kinds[i])]
+        if own:
+            batch |= {name: torch.cat([parts[i] for i in own]), f"{kind}_grid_thw": grids[own]}
+    ids = batch["input_ids"]
+    batch["mm_token_type_ids"] = ((ids == config.image_token_id).int()
+                                  + 2 * (ids == config.video_token_id).int())
     return batch
 
 
@@ -108,6 +117,30 @@ def test_a_video_fills_both_halves_of_a_patch_with_successive_frames(puma):
         video["input_ids"], types, video_grid_thw=video["grid_thw"])
     assert torch.equal(video["position_ids"], expected)
     assert puma.encode([{"video": frames}], show_progress=False).isfinite().all()
+
+
+def test_clips_and_stills_in_a_batch_give_the_states_of_the_stock_model(puma, tmp_path):
+    frames = [picture(seed) for seed in range(5)]
+    frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
+    items = [{"video": str(tmp_path / "clip.webp"), "text": "what moves?"}, picture(7), "a text",
+             {"video": frames[:1]}, {"image": picture(8), "text": "what is it?"},
+             {"video": frames[:4], "instruction": "Describe it."}]
+    stock = Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
+    batch = puma.collate(items)
+    assert batch["grid_thw"][:, 0].tolist() == [3, 1, 1, 1, 2]  # a frame without a partner: twice
+    kinds = ["video", "image", "video", "image", "video"]
+    with torch.no_grad():
+        hidden = stock.model(**stock_inputs(batch, stock.config, kinds)).last_hidden_state[:, -1]
+        torch.testing.assert_close(puma(batch), hidden, atol=1e-5, rtol=1e-5)
+        alone = torch.cat([puma(puma.collate([item])) for item in items])
+        torch.testing.assert_close(puma(batch), alone, atol=1e-5, rtol=1e-5)
+    parts = batch["pixel_values"].split(batch["grid_thw"].prod(-1).tolist())
+    halves = parts[0].view(3, 16, 3, 2, -1)  # pair, patch, colour, half, pixel
+    still = puma.collate(frames)["pixel_values"].view(5, 16, 3, 2, -1)
+    for pair in range(3):
+        for half in range(2):
+            assert torch.equal(halves[pair, :, :, half], still[min(2 * pair + half, 4), :, :, 0])
+    assert torch.equal(parts[2], puma.collate(frames[:1])["pixel_values"])  # a still
 
 
 def test_special_tokens_in_a_users_text_stay_text(puma):
@@ -194,24 +227,26 @@ def test_a_saved_model_is_loaded_with_the_limits_it_was_trained_with(tmp_path):
     processor = json.loads((base / "preprocessor_config.json").read_text())
     processor["size"] = {"shortest_edge": 56 * 56, "longest_edge": 10**6}
     (base / "preprocessor_config.json").write_text(json.dumps(processor))
-    items = [picture(size=(900, 900)), "a b c d e f g h i j k l m n o p q r s t u v w x y z"]
+    items = [picture(size=(900, 900)), "a b c d e f g h i j k l m n o p q r s t u v w x y z",
+             {"video": [picture()] * 10}]
 
-    def tokens(model):  # visual ones of the picture, all of the text
+    def tokens(model):  # visual ones of the picture, all of the text, pairs of frames
         batch = model.collate(items)
         visual = (batch["input_ids"][0] == model.backbone.config.image_token_id).sum().item()
-        return visual, batch["attention_mask"][1].sum().item()
+        return visual, batch["attention_mask"][1].sum().item(), batch["grid_thw"][1, 0].item()
 
-    trained = PUMA.from_pretrained(base, 1, max_visual_tokens=500, max_text_tokens=20)
+    trained = PUMA.from_pretrained(base, 1, max_visual_tokens=500, max_text_tokens=20, max_frames=6)
     trained.save_pretrained(tmp_path / "model")
     saved = json.loads((tmp_path / "model/config.json").read_text())
-    assert saved["puma"] == {"max_visual_tokens": 500, "max_text_tokens": 20}
+    assert saved["puma"] == {"max_visual_tokens": 500, "max_text_tokens": 20, "max_frames": 6}
     again = PUMA.from_pretrained(tmp_path / "model")
     assert tokens(again) == tokens(trained) and 300 < tokens(again)[0] <= 500
     torch.testing.assert_close(again.encode(items), trained.encode(items), atol=1e-5, rtol=1e-5)
-    paper = tokens(PUMA.from_pretrained(base, 1))  # nothing was trained: 300 and 450
-    assert 200 < paper[0] <= 300 and paper[1] > tokens(again)[1]
-    smaller = PUMA.from_pretrained(tmp_path / "model", max_visual_tokens=9)
-    assert tokens(smaller)[0] <= 9 and smaller.max_text_tokens == 20
+    paper = tokens(PUMA.from_pretrained(base, 1))  # nothing was trained: 300, 450 and 8
+    assert 200 < paper[0] <= 300 and paper[1] > tokens(again)[1] and tokens(again)[2] == 3
+    assert paper[2] == 4
+    smaller = PUMA.from_pretrained(tmp_path / "model", max_visual_tokens=9, max_frames=2)
+    assert tokens(smaller)[0] <= 9 and smaller.max_text_tokens == 20 and tokens(smaller)[2] == 1
 
 
 def test_saving_never_overwrites_a_folder_and_a_failed_save_leaves_nothing(

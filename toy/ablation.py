@@ -122,18 +122,19 @@ class FrozenTower(PUMA):
     """No run trains the vision tower, so each picture goes through it once a process: 30 % less
     time. `pixel_values` of a batch are the visual tokens themselves."""
 
-    tokens = {}  # image path -> its visual tokens (V, D), its grid
+    tokens = {}  # path of an image or clip -> its visual tokens (V, D), its grid
 
-    def patches(self, visuals):
-        new = [[path] for path in {path for [path] in visuals} - self.tokens.keys()]
+    def patches(self, items):
+        paths = [item.get("image") or item["video"] for item in items]
+        new = {path: item for path, item in zip(paths, items) if path not in self.tokens}
         if new:
-            pixels, grids = super().patches(new)
+            pixels, grids = super().patches(list(new.values()))
             with torch.no_grad():
                 states = self.backbone.visual(pixels, grid_thw=grids).pooler_output
             counts = grids.prod(-1) // self.image_processor.merge_size**2
-            self.tokens |= {path: (part, grid) for [path], part, grid
+            self.tokens |= {path: (part, grid) for path, part, grid
                             in zip(new, states.split(counts.tolist()), grids)}
-        parts, grids = zip(*(self.tokens[path] for [path] in visuals))
+        parts, grids = zip(*(self.tokens[path] for path in paths))
         return torch.cat(parts), torch.stack(grids)
 
     def visual_tokens(self, batch):
