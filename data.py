@@ -34,19 +34,19 @@ from support.items import MODALITIES, UNREADABLE, load_image, open_image
 TASKS = {  # task id -> (query modality, candidate modality)
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 6: ("image,text", "text"), 7: ("image,text", "image"),
-    8: ("image,text", "image,text")}
+    8: ("image,text", "image,text"), 9: ("text", "video"), 10: ("video", "text")}  # M-BEIR: to 8
 
 
 def query_columns(row):
     """A query's row, checked -> qid key, modality class, key of the first positive."""
-    check_content(row.get("query_txt"), row.get("query_img_path"))
+    check_content(row.get("query_txt"), row.get("query_img_path"), row.get("query_video_path"))
     first = did_keys(row["pos_cand_list"])[0]
     return did_key(row["qid"]), modality_class(row["query_modality"]), first
 
 
 def candidate_columns(row):
     """A candidate's row, checked -> did key, modality class."""
-    check_content(row.get("txt"), row.get("img_path"))
+    check_content(row.get("txt"), row.get("img_path"), row.get("video_path"))
     return did_key(row["did"]), modality_class(row["modality"])
 
 
@@ -109,7 +109,8 @@ class Benchmark:
             raise ValueError(f"expected prompts for dataset {key[2]}, {MODALITIES[key[0]]} -> "
                              f"{MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
-        item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"))
+        item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"),
+                         row.get("query_video_path"))
         return {**item, "instruction": prompt}
 
     def cells(self, split, limit=None):

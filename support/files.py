@@ -106,21 +106,26 @@ def modality_class(name):
     return CLASSES[name]
 
 
-def check_content(text, image):
-    """Raise ValueError unless there is a text or an image, whose path may not leave the root."""
-    if not (text or image) or not all(isinstance(value, str | None) for value in (text, image)):
-        raise ValueError(f"expected a text or an image path or both, got {text!r} and {image!r}")
+def check_content(text, image, video=None):
+    """Raise ValueError unless there is a text, an image or (M-BEIR has none) a video, not the two
+    of them, whose path may not leave the root."""
+    path = (image, video) if image and video else image or video
+    if not (text or path) or not all(isinstance(v, str | None) for v in (text, image, video, path)):
+        raise ValueError(f"expected a text or an image path or both, got {text!r} and {path!r}")
     check_text(text, "text")
-    check_text(image, "image path")
-    if image and (image.startswith("/") or ".." in image.split("/")):
-        raise ValueError(f"expected an image path inside the data directory, got {image!r}")
+    check_text(path, "image path")
+    if path and (path.startswith("/") or ".." in path.split("/")):
+        raise ValueError(f"expected an image path inside the data directory, got {path!r}")
 
 
-def make_item(root, text, image):
-    """{"text", "image"} with the image's whole path; ValueError if a link leads out of `root`."""
-    if image and not Path(os.path.realpath(root / image)).is_relative_to(os.path.realpath(root)):
-        raise ValueError(f"expected an image inside the data directory, {root / image} leads out")
-    return {"text": text or None, "image": str(root / image) if image else None}
+def make_item(root, text, image, video=None):
+    """{"text", "image"} with the image's whole path; "video" only where there is one. ValueError if
+    a link leads out of `root`."""
+    path = image or video
+    if path and not Path(os.path.realpath(root / path)).is_relative_to(os.path.realpath(root)):
+        raise ValueError(f"expected an image inside the data directory, {root / path} leads out")
+    item = {"text": text or None, "image": str(root / image) if image else None}
+    return {**item, "video": str(root / video)} if video else item
 
 
 class Pool:
@@ -153,7 +158,7 @@ class Pool:
         place = int(self.places[i])  # raises IndexError beyond the end
         table = int(np.searchsorted(self.starts, place, side="right")) - 1
         row = self.tables[table][place - int(self.starts[table])]
-        return make_item(self.root, row.get("txt"), row.get("img_path"))
+        return make_item(self.root, row.get("txt"), row.get("img_path"), row.get("video_path"))
 
     def name(self, i):
         return did_text(int(self.keys[i]))

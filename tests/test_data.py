@@ -222,6 +222,35 @@ def test_a_sample_of_a_pool_has_the_wanted_and_so_many_others_in_the_pools_order
     assert len(pool.sample(wanted, others=1000)) == len(pool)
 
 
+def test_a_video_path_stands_beside_the_image_paths_though_m_beir_has_none(mbeir):
+    query = {"qid": "11:1", "query_txt": None, "query_img_path": None, "query_modality": "video",
+             "pos_cand_list": ["11:1"], "query_video_path": "mbeir_images/q.webp"}
+    clip = {"did": "11:2", "txt": None, "img_path": None, "modality": "video",
+            "video_path": "mbeir_images/c.webp"}
+    text = {"did": "11:1", "txt": "it moves", "img_path": None, "modality": "text"}
+    name = "motion_task10"
+    write(mbeir / QUERY.format(name), [query])
+    write(mbeir / QRELS.format(name), ["11:1 0 11:1 1 10"])
+    write(mbeir / POOL.format(name), [text, clip])
+    with (mbeir / TSV).open("a") as file:
+        file.write("\nvideo\ttext\tMotion\t11\tDescribe it.")
+    found = cells(mbeir)[name]
+    assert (found.query_modality, found.target_modality) == ("video", "text")
+    assert found.items == [{"text": None, "image": None, "instruction": "Describe it.",
+                            "video": str(mbeir / "mbeir_images/q.webp")}]
+    pool = Benchmark(mbeir).pool(mbeir / POOL.format(name))
+    assert [pool[i] for i in range(2)] == [
+        {"text": "it moves", "image": None},
+        {"text": None, "image": None, "video": str(mbeir / "mbeir_images/c.webp")}]
+    assert pool.modality.tolist() == [0, 3]
+    for bad in ({"video_path": "../c.webp"}, {"video_path": "/c.webp"}, {"video_path": 3},
+                {"img_path": "c.png"}):  # an image and a video
+        write(mbeir / POOL.format(name), [text, clip | bad])
+        (value,) = bad.values()
+        with pytest.raises(ValueError, match=f"task10_cand_pool.jsonl:2: .*got .*{value}"):
+            Benchmark(mbeir).pool(mbeir / POOL.format(name))
+
+
 def test_limit_reads_the_first_queries_of_each_cell(original):
     found, whole = cells(original, limit=2), cells(original)
     for name, cell in found.items():
@@ -401,7 +430,7 @@ def test_files_without_a_line_or_without_what_belongs_to_them_are_named(mbeir, c
         POOL.format("edis_task2"): ("", "expected a candidate, a JSON object on each line"),
         POOL.format("webqa_task2"): (None, "expected the candidate pool of mbeir_webqa_task2_test"),
         QRELS.format("nights_task4"): ("4:401 0 4:401 1", "expected a relevant .* for 4:402"),
-        odd: ("", r"expected a task out of \[0, 1, 2, 3, 4, 6, 7, 8\]"),
+        odd: ("", r"expected a task out of \[0, 1, 2, 3, 4, 6, 7, 8, 9, 10\]"),
     }
     for file, (text, message) in broken.items():
         before = (mbeir / file).read_text() if file != odd else None
@@ -418,7 +447,7 @@ def test_files_without_a_line_or_without_what_belongs_to_them_are_named(mbeir, c
         f"{POOL.format('edis_task2')}: expected a candidate, a JSON object on each line, found no",
         f"{QUERY.format('cirr_task7')}: expected a query, a JSON object on each line, found no",
         f"{QUERY.format('nights_task4')}:2: expected a positive of 4:402 in ",
-        f"{odd}: expected a task out of [0, 1, 2, 3, 4, 6, 7, 8]",
+        f"{odd}: expected a task out of [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]",
     ):
         assert any(line.startswith(f"{mbeir}/{start}") for line in lines), (start, lines)
 
