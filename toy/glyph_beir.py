@@ -6,10 +6,16 @@ rendering is an image, its name is a caption, and names compose as captions do: 
 WITH ACUTE minus ACUTE, in CAPITAL, and so on. That is enough for all eight M-BEIR task types, with
 no download:
 
-    python toy/glyph_beir.py --out data/glyph_beir      # about 6 s on two cores
+    python toy/glyph_beir.py --out data/glyph_beir      # about 8 s on two cores
 
 writes a directory in M-BEIR's exact format (TIGER-Lab/M-BEIR), which data.py reads like the real
-one. One training example, as a student would say it:
+one. M-BEIR has no video: our tasks 9 (text -> video) and 10 (video -> text), a dataset of their own
+("motion"), are clips of 140 of the characters, in a field `video_path` (`query_video_path`):
+
+    query      "latin small letter a slides to the left"     (task 9: text -> video)
+    positive   that clip; the same frames in reverse, which slide to the right, are in the pool too
+
+One training example of the other tasks, as a student would say it:
 
     query      image of `e` + "make it capital"              (task 7: image+text -> image)
     positive   any of the nine training renderings of `E`
@@ -19,6 +25,7 @@ What is held out of training (and of toy/pretrain.py, which reads the training f
 
 * faces       test queries are drawn in Serif-Italic, test targets in Sans-BoldOblique;
 * relations   15 % of the (source, target) pairs of the edit tasks 1, 6, 7, 8, both directions;
+* motions     15 % of the (character, motion and its reverse) pairs of tasks 9 and 10;
 * characters  a tenth of them (split `zero`), whose names are made of words that other names use.
 
 Not in the paper: it trains and tests on M-BEIR.
@@ -26,11 +33,13 @@ Not in the paper: it trains and tests on M-BEIR.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import string
 import sys
 import textwrap
 import unicodedata
@@ -40,7 +49,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageSequence
 
 DATASET, DATASET_ID = "glyph", 10  # M-BEIR's own datasets have the ids 0 to 9
 IMAGE_SIZE, FONT_SIZE, BASELINE = 56, 34, 41  # pixels; 56 = 2 x 28, so Qwen2-VL sees 2 x 2 tokens
@@ -65,6 +74,19 @@ TASKS = {
     8: ("image,text", "image,text"),
 }
 EDIT_TASKS = (1, 6, 7, 8)  # the query names a relation, the target is the other character
+CLIP_DATASET, CLIP_DATASET_ID, CLIP_CHARACTERS = "motion", 11, 140
+CLIP_TASKS = {9: ("text", "video"), 10: ("video", "text")}  # ours: M-BEIR has no video
+# A motion and its reverse: the same frames in the other order. Blinking has none.
+MOTIONS = {
+    ("left", "right"): ("slides to the left", "slides to the right"),
+    ("up", "down"): ("slides upwards", "slides downwards"),
+    ("clockwise", "anticlockwise"): ("rotates clockwise", "rotates anticlockwise"),
+    ("grow", "shrink"): ("grows", "shrinks"),
+    ("appear", "vanish"): ("fades in", "fades out"),
+    ("blink",): ("blinks",),
+}
+VERBS = {motion: verb for pair, verbs in MOTIONS.items() for motion, verb in zip(pair, verbs)}
+REVERSE = {motion: other for pair in MOTIONS for motion, other in zip(pair, pair[::-1])}
 INSTRUCTIONS = {
     0: ["Find a picture of this character", "Show an image of the named character",
         "Which image draws this character"],
@@ -82,6 +104,10 @@ INSTRUCTIONS = {
         "Which image draws the edited character"],
     8: ["Find the card of the changed character", "Find the picture with facts after the edit",
         "Which card belongs to the edited character"],
+    9: ["Find a clip of this motion", "Show the character moving like this",
+        "Which clip shows what is described"],
+    10: ["Describe what moves in this clip", "Find the description of the motion",
+         "Which description fits the clip"],
 }
 
 # Words that swap: names that differ in exactly this word are related, in both directions.
@@ -233,6 +259,37 @@ class World:
         self.edits = defaultdict(list)  # source -> its relations
         for relation in self.relations:
             self.edits[relation.source].append(relation)
+        self._choose_motions(random.Random(f"{seed}-motion"))
+
+    def _choose_motions(self, rng):
+        """`moving` characters, `motion_split`: {(character, motion): split}.
+
+        A motion and its reverse share the split, so that neither is more familiar than the other
+        where the two must be told apart.
+        """
+        plain = set(string.ascii_letters + string.digits)  # first: everybody's example
+        order = sorted(rng.sample(list(self.names), len(self.names)), key=lambda c: c not in plain)
+        self.moving, looks = [], set()
+        left = {True: CLIP_CHARACTERS // 10, False: CLIP_CHARACTERS - CLIP_CHARACTERS // 10}
+        for char in order:
+            held_out = char in self.zero
+            if left[held_out] and len(self.drawable(char, list(self.faces))) == len(self.faces):
+                look = can_move(char)
+                if look and look not in looks:  # A and Alpha look alike: one of them
+                    looks.add(look)
+                    left[held_out] -= 1
+                    self.moving.append(char)
+        pairs = [(char, pair) for char in self.moving for pair in MOTIONS]
+        rng.shuffle(pairs)
+        seen = [pair for pair in pairs if pair[0] not in self.zero]
+        test, val = int(0.15 * len(seen)), int(0.20 * len(seen))
+        self.motion_split = {(char, motion): "zero" for char, pair in pairs for motion in pair}
+        for i, (char, pair) in enumerate(seen):
+            split = "test" if i < test else "val" if i < val else "train"
+            self.motion_split |= {(char, motion): split for motion in pair}
+
+    def description(self, char, motion):
+        return f"{self.names[char]} {VERBS[motion]}"
 
     def drawable(self, char, faces):
         """Those of `faces` that draw `char`, in order."""
@@ -271,6 +328,78 @@ def render(char, face, fonts={}):  # noqa: B006  the default is a cache of opene
 
 def image_path(char, face):
     return f"mbeir_images/{DATASET}/{face}/{ord(char):05x}.png"
+
+
+def centred(char, face):
+    """As `render`, but its ink in the middle, about which it will turn and grow."""
+    image = render(char, face)
+    box = ImageChops.invert(image).getbbox() or (0, 0, 1, 1)
+    ink, image = image.crop(box), Image.new("L", image.size, 255)
+    image.paste(ink, ((IMAGE_SIZE - ink.width) // 2, (IMAGE_SIZE - ink.height) // 2))
+    return image
+
+
+def can_move(char):
+    """The look of a character, or None if its motion would be hard to see: it is too small or too
+    large, or looks much the same after a quarter turn."""
+    image = centred(char, TRAIN_FACES[0])
+    left, top, right, bottom = ImageChops.invert(image).getbbox() or (0, 0, 0, 0)
+    turned = place(image, angle=math.pi / 2)
+    ink, change = (sum(pixel * count for pixel, count in enumerate(picture.histogram()))
+                   for picture in (ImageChops.invert(image), ImageChops.difference(image, turned)))
+    sides = sorted((right - left, bottom - top))
+    return image.tobytes() if sides[0] >= 8 and 14 <= sides[1] <= 44 and change > ink else None
+
+
+def place(image, scale=1.0, angle=0.0, right=0.0, down=0.0):
+    """An image made smaller, turned clockwise (radians) and moved (pixels), on white."""
+    middle, cos, sin = IMAGE_SIZE / 2, math.cos(angle) / scale, math.sin(angle) / scale
+    x, y = middle + right, middle + down  # where the middle goes; Pillow asks whence pixels come
+    back = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
+    return image.transform(image.size, Image.Transform.AFFINE, back,
+                           Image.Resampling.BILINEAR, fillcolor=255)
+
+
+def draw_clip(char, face, motion):
+    """4, 6 or 8 frames of a moving character: `L` images of 56 x 56 pixels with five greys.
+
+    Number of frames, size and track follow from character, face and pair of motions, so the
+    reverse motion has the same frames in reverse.
+    """
+    pair = next(pair for pair in MOTIONS if motion in pair)
+    rng = random.Random(f"{char}-{face}-{pair[-1]}")
+    count, scale, aside = rng.choice((4, 6, 8)), rng.uniform(0.7, 0.9), rng.uniform(-4, 4)
+    image, frames = centred(char, face), []
+    for i in range(count):
+        t = i / (count - 1)  # 0 to 1
+        across = 24 * t - 12
+        how, ink = {
+            "left": ({"right": -across, "down": aside}, 1.0),
+            "up": ({"right": aside, "down": -across}, 1.0),
+            "clockwise": ({"angle": math.radians(120 * t - 60)}, 1.0),
+            "grow": ({"scale": 0.3 + 0.7 * t}, 1.0),
+            "appear": ({"right": aside}, 0.15 + 0.85 * t),
+            "blink": ({"right": aside}, float(i % 2 == (aside > 0))),
+        }[pair[0]]
+        frame = place(image, **{"scale": scale, **how})
+        # Few greys compress well.
+        frames.append(frame.point([255 - round(ink * 63.75 * round((255 - grey) / 63.75))
+                                   for grey in range(256)]))
+    return frames if motion == pair[0] else frames[::-1]
+
+
+def clip_path(char, face, motion):
+    return f"mbeir_images/{CLIP_DATASET}/{face}/{ord(char):05x}-{motion}.webp"
+
+
+def write_clips(job):
+    """Draw the clips of one face, (character, motion) pairs; a job of the worker pool."""
+    root, face, clips = job
+    Path(root, f"mbeir_images/{CLIP_DATASET}/{face}").mkdir(parents=True)
+    for char, motion in clips:
+        first, *rest = draw_clip(char, face, motion)
+        first.save(Path(root, clip_path(char, face, motion)), save_all=True, append_images=rest,
+                   duration=150, loop=0, lossless=True, method=2, minimize_size=True)
 
 
 def write_images(job):
@@ -350,8 +479,95 @@ def make_queries(world, pool, split, task, count, query_faces, rng):
     return rows
 
 
-def write_queries(root, world, train_pool, pool, seed):
-    """All query files and qrels. Query ids run on over all files."""
+class ClipPool:
+    """As `Pool`, of descriptions and clips: `dids[modality][char, motion]`.
+
+    `faces` maps each (character, motion) to the faces that it is drawn in.
+    """
+
+    def __init__(self, world, faces, first_did):
+        self.rows, self.faces = [], faces
+        self.dids = {modality: defaultdict(list) for modality in ("text", "video")}
+        for char, motion in faces:
+            entries = [("text", world.description(char, motion), None)]
+            entries += [("video", None, face) for face in faces[char, motion]]
+            for modality, text, face in entries:
+                did = f"{CLIP_DATASET_ID}:{first_did + len(self.rows)}"
+                self.dids[modality][char, motion].append(did)
+                path = clip_path(char, face, motion) if face else None
+                self.rows.append({"txt": text, "img_path": None, "modality": modality, "did": did,
+                                  "src_content": None, "video_path": path})
+
+    def queries(self, world, task, faces):
+        """Rows of task 9, one for each (character, motion) of `faces`, or 10: for each face."""
+        query_modality, target_modality = CLIP_TASKS[task]
+        dids, rows = self.dids[target_modality], []
+        for (char, motion), shown in faces.items():
+            near = [(char, other) for other in [REVERSE[motion], *VERBS] if other != motion]
+            near = [pair for pair in dict.fromkeys(near) if pair in dids]
+            for face in shown if task == 10 else [None]:
+                rows.append({
+                    "qid": None,
+                    "query_txt": None if face else world.description(char, motion),
+                    "query_img_path": None,
+                    "query_modality": query_modality,
+                    "query_src_content": None,
+                    "pos_cand_list": dids[char, motion],
+                    "neg_cand_list": [dids[pair][0] for pair in near][:4],
+                    "task_id": task,
+                    "query_video_path": clip_path(char, face, motion) if face else None,
+                })
+        return rows
+
+
+class Motion:
+    """The dataset of tasks 9 and 10: `train` (queries), `queries[split, task]`; `train_pool` and
+    `pool`; `clips[face]`, the (character, motion) pairs to draw in it."""
+
+    def __init__(self, world, seed):
+        rng, numbers = random.Random(f"{seed}-clips"), iter(range(1, 1_000_000))
+        order = sorted(world.motion_split)
+        # A motion and its reverse are drawn in the same faces.
+        drawn = {(char, pair): rng.sample(TRAIN_FACES, 2) for char in world.moving
+                 for pair in MOTIONS}
+        faces = {(char, motion): drawn[char, pair] for char, pair in drawn for motion in pair}
+        trained = {pair: faces[pair] for pair in order if world.motion_split[pair] == "train"}
+        self.train_pool = ClipPool(world, trained, 1)
+        self.pool = ClipPool(world, dict.fromkeys(order, [TARGET_FACE]),
+                             len(self.train_pool.rows) + 1)
+
+        def numbered(rows):
+            return [{**row, "qid": f"{CLIP_DATASET_ID}:{next(numbers)}"} for row in rows]
+
+        train = [self.train_pool.queries(world, task, trained) for task in CLIP_TASKS]
+        train = rng.sample(rows := sum(train, []), len(rows))
+        self.train, self.queries, used = numbered(train), {}, [trained, self.pool.faces]
+        for split, shown in (("val", VAL_QUERY_FACES), ("test", TEST_QUERY_FACES),
+                             ("zero", TEST_QUERY_FACES)):
+            asked = {pair: shown[:1] for pair in order if world.motion_split[pair] == split}
+            used.append(asked)
+            for task in CLIP_TASKS:
+                self.queries[split, task] = numbered(self.pool.queries(world, task, asked))
+        self.clips = defaultdict(list)
+        for part in used:
+            for pair, shown in part.items():
+                for face in shown:
+                    self.clips[face].append(pair)
+
+
+def write_cell(root, dataset, split, task, rows):
+    """The queries of a cell and their qrels."""
+    cell = f"mbeir_{dataset}_task{task}_{split}"
+    write_jsonl(root / f"query/{split}/{cell}.jsonl", rows)
+    qrels = root / f"qrels/{split}/{cell}_qrels.txt"
+    qrels.parent.mkdir(parents=True, exist_ok=True)
+    qrels.write_text("".join(
+        f"{row['qid']} 0 {did} 1 {task}\n" for row in rows for did in row["pos_cand_list"]
+    ))
+
+
+def write_queries(root, world, train_pool, pool, motion, seed):
+    """All query files and qrels. Query ids run on over all files of a dataset."""
     numbers = iter(range(1, 1_000_000))
 
     def numbered(rows):
@@ -369,31 +585,30 @@ def write_queries(root, world, train_pool, pool, seed):
     rng.shuffle(train)
     train = numbered(train)
     write_jsonl(root / f"query/train/mbeir_{DATASET}_train.jsonl", train)
-    write_jsonl(root / "query/union_train/mbeir_union_up_train.jsonl", train)
+    write_jsonl(root / f"query/train/mbeir_{CLIP_DATASET}_train.jsonl", motion.train)
+    write_jsonl(root / "query/union_train/mbeir_union_up_train.jsonl", train + motion.train)
     splits = {"val": (200, VAL_QUERY_FACES), "test": (500, TEST_QUERY_FACES),
               "zero": (500, TEST_QUERY_FACES)}
     for split, (count, faces) in splits.items():
         for task in TASKS:
             rows = numbered(make_queries(world, pool, split, task, count, faces, rng))
-            cell = f"mbeir_{DATASET}_task{task}_{split}"
-            write_jsonl(root / f"query/{split}/{cell}.jsonl", rows)
-            qrels = root / f"qrels/{split}/{cell}_qrels.txt"
-            qrels.parent.mkdir(parents=True, exist_ok=True)
-            qrels.write_text("".join(
-                f"{row['qid']} 0 {did} 1 {task}\n" for row in rows for did in row["pos_cand_list"]
-            ))
-    return len(train)
+            write_cell(root, DATASET, split, task, rows)
+        for task in CLIP_TASKS:
+            write_cell(root, CLIP_DATASET, split, task, motion.queries[split, task])
+    return len(train + motion.train)
 
 
-def write_pools(root, train_pool, pool):
-    """The global pools, and for each task the candidates of the modality that it looks for."""
+def write_pools(root, train_rows, test_rows):
+    """The global pools, and for each task the dataset's candidates of the modality it looks for."""
     folder = root / "cand_pool"
-    write_jsonl(folder / "global/mbeir_union_train_cand_pool.jsonl", train_pool.rows)
+    write_jsonl(folder / "global/mbeir_union_train_cand_pool.jsonl", train_rows)
     for split in ("val", "test"):
-        write_jsonl(folder / f"global/mbeir_union_{split}_cand_pool.jsonl", pool.rows)
-    for task, (_, modality) in TASKS.items():
-        rows = [row for row in pool.rows if row["modality"] == modality]
-        write_jsonl(folder / f"local/mbeir_{DATASET}_task{task}_cand_pool.jsonl", rows)
+        write_jsonl(folder / f"global/mbeir_union_{split}_cand_pool.jsonl", test_rows)
+    for task, (_, modality) in {**TASKS, **CLIP_TASKS}.items():
+        name, number = dataset_of(task)
+        rows = [row for row in test_rows
+                if row["modality"] == modality and row["did"].startswith(f"{number}:")]
+        write_jsonl(folder / f"local/mbeir_{name}_task{task}_cand_pool.jsonl", rows)
 
 
 def write_instructions(root):
@@ -403,8 +618,23 @@ def write_instructions(root):
         "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3"
     ]
     for task, prompts in INSTRUCTIONS.items():
-        lines.append("\t".join([*TASKS[task], "GlyphBEIR", str(DATASET_ID), *prompts]))
+        modalities, (_, number) = {**TASKS, **CLIP_TASKS}[task], dataset_of(task)
+        lines.append("\t".join([*modalities, "GlyphBEIR", str(number), *prompts]))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def dataset_of(task):
+    """-> name and id of the dataset that a task belongs to."""
+    return (CLIP_DATASET, CLIP_DATASET_ID) if task in CLIP_TASKS else (DATASET, DATASET_ID)
+
+
+def film_strip(path):
+    """The picture of a file, or the frames of a clip side by side, thin lines in between."""
+    frames = [frame.convert("L") for frame in ImageSequence.Iterator(Image.open(path))]
+    strip = Image.new("L", ((IMAGE_SIZE + 1) * len(frames) - 1, IMAGE_SIZE), 160)
+    for i, frame in enumerate(frames):
+        strip.paste(frame, ((IMAGE_SIZE + 1) * i, 0))
+    return strip
 
 
 def draw_samples(root, world, path):
@@ -414,25 +644,26 @@ def draw_samples(root, world, path):
 
     pool_file = root / "cand_pool/global/mbeir_union_test_cand_pool.jsonl"
     pool = {row["did"]: row for row in map(json.loads, pool_file.open(encoding="utf-8"))}
-    figure, axes = plt.subplots(4, 4, figsize=(13, 8), width_ratios=[1, 1, 1, 1])
-    for index, task in enumerate(TASKS):
-        queries = root / f"query/test/mbeir_{DATASET}_task{task}_test.jsonl"
+    figure, axes = plt.subplots(5, 4, figsize=(13, 10), width_ratios=[1, 1, 1, 1])
+    tasks = {**TASKS, **CLIP_TASKS}
+    for index, task in enumerate(tasks):
+        queries = root / f"query/test/mbeir_{dataset_of(task)[0]}_task{task}_test.jsonl"
         row = json.loads(queries.open(encoding="utf-8").readline())
         target = pool[row["pos_cand_list"][0]]
-        sides = [("query", row["query_img_path"], row["query_txt"]),
-                 ("target", target["img_path"], target["txt"])]
+        sides = [("query", row["query_img_path"] or row.get("query_video_path"), row["query_txt"]),
+                 ("target", target["img_path"] or target.get("video_path"), target["txt"])]
         for side, (role, image, text) in enumerate(sides):
             axis = axes[index // 2][index % 2 * 2 + side]
             axis.axis("off")
             if image:
-                axis.imshow(Image.open(root / image), cmap="gray", vmin=0, vmax=255)
+                axis.imshow(film_strip(root / image), cmap="gray", vmin=0, vmax=255)
             lines = textwrap.wrap(text or "", 30)
             if image:
                 axis.set_title("\n".join(lines), fontsize=9, y=-0.28)
             else:
                 axis.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", fontsize=11,
                           transform=axis.transAxes)
-            kind = TASKS[task][side].replace(",", " + ")
+            kind = tasks[task][side].replace(",", " + ")
             axis.text(0.5, 1.04, f"task {task}, {role}: {kind}", ha="center", fontsize=9,
                       color="tab:blue" if role == "query" else "tab:green",
                       transform=axis.transAxes)
@@ -465,12 +696,18 @@ def build(out, seed=0, processes=None):
             (str(root), face, [char for char in chars if world.drawable(char, [face])])
             for face, chars in wanted.items()
         ]
+        motion = Motion(world, seed)
+        train_rows = train_pool.rows + motion.train_pool.rows
+        test_rows = pool.rows + motion.pool.rows
         with multiprocessing.get_context("spawn").Pool(processes or os.cpu_count()) as workers:
             images = workers.map_async(write_images, jobs, chunksize=1)
-            count = write_queries(root, world, train_pool, pool, seed)
-            write_pools(root, train_pool, pool)
+            clips = workers.map_async(
+                write_clips, [(str(root), *job) for job in motion.clips.items()], chunksize=1)
+            count = write_queries(root, world, train_pool, pool, motion, seed)
+            write_pools(root, train_rows, test_rows)
             write_instructions(root)
             images.get()
+            clips.get()
         draw_samples(root, world, root / "samples.png")
         root.rename(out)
     finally:
@@ -478,7 +715,8 @@ def build(out, seed=0, processes=None):
     return (
         f"{out}: {len(world.names):,} characters ({len(world.zero)} zero-shot), "
         f"{len(world.relations):,} relations, {count:,} training queries, "
-        f"{len(train_pool.rows):,} training and {len(pool.rows):,} test candidates"
+        f"{len(train_rows):,} training and {len(test_rows):,} test candidates, "
+        f"{sum(map(len, motion.clips.values())):,} clips"
     )
 
 
