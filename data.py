@@ -109,8 +109,8 @@ class Benchmark:
             raise ValueError(f"expected prompts for dataset {key[2]}, {MODALITIES[key[0]]} -> "
                              f"{MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
-        item = make_item(self.root, row.get("query_txt"), row.get("query_img_path"),
-                         row.get("query_video_path"))
+        fields = ("query_txt", "query_img_path", "query_video_path")  # M-BEIR has no video
+        item = make_item(self.root, *map(row.get, fields))
         return {**item, "instruction": prompt}
 
     def cells(self, split, limit=None):

@@ -152,10 +152,9 @@ class PUMA(nn.Module):
         """
         visuals = [[load_image(item["image"])] if item.get("image")
                    else load_video(item["video"], self.max_frames) for item in items]
-        frames = [frame for visual in visuals for frame in visual]
-        out = self.image_processor(images=frames, return_tensors="pt")
+        out = self.image_processor(images=sum(visuals, []), return_tensors="pt")
         pixels, grids = out["pixel_values"], out["image_grid_thw"]  # (P, 1176), (frames, 3)
-        if len(frames) == len(visuals):  # no video
+        if len(grids) == len(visuals):  # no video
             return pixels, grids
         parts = pixels.split(grids.prod(-1).tolist())  # one a frame, (H * W, 1176)
         merged, sizes, start = [], [], 0

@@ -107,8 +107,7 @@ def modality_class(name):
 
 
 def check_content(text, image, video=None):
-    """Raise ValueError unless there is a text, an image or (M-BEIR has none) a video, not the two
-    of them, whose path may not leave the root."""
+    """Raise ValueError unless there is a text, an image or a video whose path stays in the root."""
     path = (image, video) if image and video else image or video
     if not (text or path) or not all(isinstance(v, str | None) for v in (text, image, video, path)):
         raise ValueError(f"expected a text or an image path or both, got {text!r} and {path!r}")
@@ -119,8 +118,7 @@ def check_content(text, image, video=None):
 
 
 def make_item(root, text, image, video=None):
-    """{"text", "image"} with the image's whole path; "video" only where there is one. ValueError if
-    a link leads out of `root`."""
+    """{"text", "image", if any "video"}, whole paths; ValueError if a link leads out of `root`."""
     path = image or video
     if path and not Path(os.path.realpath(root / path)).is_relative_to(os.path.realpath(root)):
         raise ValueError(f"expected an image inside the data directory, {root / path} leads out")

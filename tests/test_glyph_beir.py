@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image, ImageChops, ImageSequence
 
@@ -500,3 +501,36 @@ def test_a_killed_build_leaves_no_out_folder(tmp_path):
     os.killpg(run.pid, signal.SIGKILL)  # the session made above: the build and its workers
     assert run.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
+
+
+# ---- the premise ---------------------------------------------------------------------------------
+
+
+class Known:
+    """A model whose embedding of an item depends on its modality alone."""
+
+    def encode(self, items, show_progress):
+        kinds = [3 if item.get("video") else 2 * bool(item["image"]) + bool(item["text"])
+                 for item in items]
+        return torch.eye(4)[torch.tensor(kinds)]
+
+
+def test_the_premises_table_counts_what_a_model_that_sees_modalities_only_confuses(glyph_beir):
+    table = generator.premise(Known(), glyph_beir, 3, batches=2, batch_size=32)
+    right, negatives = [], []  # of positives, of negatives: (same embedding, same modality)
+    for batch in data.TrainSet(data.Benchmark(glyph_beir), 32, 2, 3):
+        known = data.duplicate_mask(batch["positive_keys"], batch["target_keys"])
+        queries, targets = (Known().encode(batch[part], False).argmax(1).tolist()
+                            for part in ("queries", "targets"))
+        right += [query == target for query, target in zip(queries, targets)]
+        negatives += [(queries[i] == targets[j], bool(batch["modality"][i] == batch["modality"][j]))
+                      for i in range(32) for j in range(32) if not known[i, j]]
+    assert table["cosine to the positive"] == pytest.approx(sum(right) / len(right))
+    for kind, wanted in (("intra", True), ("inter", False)):
+        alike = [same for same, intra in negatives if intra == wanted]
+        assert table[f"cosine to {kind}-modality negatives"] == pytest.approx(
+            sum(alike) / len(alike))
+    assert table["share of negatives of another modality"] == pytest.approx(
+        sum(not intra for _, intra in negatives) / len(negatives))
+    gaps = [value for name, value in table.items() if name.startswith("centroids")]
+    assert gaps and gaps == pytest.approx([2**0.5] * len(gaps))

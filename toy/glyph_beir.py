@@ -28,10 +28,15 @@ What is held out of training (and of toy/pretrain.py, which reads the training f
 * motions     15 % of the (character, motion and its reverse) pairs of tasks 9 and 10;
 * characters  a tenth of them (split `zero`), whose names are made of words that other names use.
 
-Not in the paper: it trains and tests on M-BEIR.
+    python toy/glyph_beir.py --premise toy/tiny-qwen2-vl --keep-layers 4
+
+prints whether the world is one that MAC-Loss is made for: it takes negatives of another modality
+for the easy ones. Look there before believing a result on it. Not in the paper: it trains and tests
+on M-BEIR.
 """
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -720,14 +725,70 @@ def build(out, seed=0, processes=None):
     )
 
 
+def premise(model, data, tasks_per_batch, batches=4, batch_size=128):
+    """What MAC-Loss assumes, looked at in training batches that mix so many tasks.
+
+    -> {line of a table: number}: mean cosines of queries to positives, intra- and inter-modality
+    negatives (known duplicates left out); the share of negatives, and of the queries' hardest ones,
+    that are of another modality, or of another dataset; distances of the modalities' centroids.
+    """
+    import torch
+
+    from data import Benchmark, TrainSet, duplicate_mask
+    from support.items import MODALITIES
+
+    found, centroids = defaultdict(list), defaultdict(list)
+    for batch in TrainSet(Benchmark(data), batch_size, batches, tasks_per_batch):
+        queries, targets = (model.encode(batch[part], show_progress=False)
+                            for part in ("queries", "targets"))
+        cosines, datasets = queries @ targets.T, batch["target_keys"] >> 40
+        negative = ~duplicate_mask(batch["positive_keys"], batch["target_keys"])
+        hardest = cosines.masked_fill(~negative, -2).argmax(1, keepdim=True)
+        found["cosine to the positive"] += cosines.diagonal().tolist()
+        for kind, labels in (("modality", batch["modality"]), ("dataset", datasets)):
+            other = labels != labels[:, None]  # (B, B)
+            for name, where in ((f"intra-{kind}", ~other), (f"inter-{kind}", other)):
+                found[f"cosine to {name} negatives"] += cosines[negative & where].tolist()
+            found[f"share of negatives of another {kind}"] += other[negative].float().tolist()
+            found[f"share of hardest negatives of another {kind}"] += (
+                other.gather(1, hardest).flatten().float().tolist())
+        for label, vector in zip(batch["modality"].tolist(), targets):
+            centroids[label].append(vector)
+    table = {name: sum(values) / len(values) for name, values in found.items() if values}
+    means = {label: torch.stack(vectors).mean(0) for label, vectors in sorted(centroids.items())}
+    for one, other in itertools.combinations(means, 2):
+        name = f"centroids of {MODALITIES[one]} and {MODALITIES[other]} apart"
+        table[name] = (means[one] - means[other]).norm().item()
+    return table
+
+
+def print_premise(name, data, keep_layers):
+    """The table of `premise`, for batches of two tasks, as train.py's, and of all."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from puma import PUMA
+
+    model = PUMA.from_pretrained(name, keep_layers)
+    two, every = (premise(model, data, tasks) for tasks in (2, 100))
+    print(f"{'tasks in a batch':<52}   two   all")
+    for line in dict.fromkeys([*every, *two]):
+        print(f"{line:<52}" + "".join(f"{table[line]:6.2f}" if line in table else "     -"
+                                      for table in (two, every)))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="data/glyph_beir", help="folder to write; must not exist")
     parser.add_argument("--seed", type=int, default=0, help="splits and query order follow from it")
+    parser.add_argument("--premise", metavar="MODEL", help="write nothing if --out exists: print "
+                        "how easy its negatives of another modality are for this model")
+    parser.add_argument("--keep-layers", type=int, help="of the model of --premise, only these")
     args = parser.parse_args()
     try:
-        print(build(args.out, args.seed))
-    except OSError as error:
+        if not args.premise or not Path(args.out).exists():
+            print(build(args.out, args.seed))
+        if args.premise:
+            print_premise(args.premise, args.out, args.keep_layers)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
