@@ -77,7 +77,8 @@ class PUMA(nn.Module):
         config = load_config(name_or_path)
         # Limits, in rising priority: the paper's, those of a saved PUMA, the arguments.
         names = ("max_visual_tokens", "max_text_tokens", "max_frames")
-        limits = {**dict(zip(names, (300, 450, 8))), **getattr(config, "puma", {})}
+        with loading(name_or_path):
+            limits = dict(zip(names, (300, 450, 8))) | getattr(config, "puma", {})
         given = zip(names, (max_visual_tokens, max_text_tokens, max_frames))
         limits |= {name: limit for name, limit in given if limit is not None}
         for name, limit in limits.items():
@@ -184,11 +185,12 @@ class PUMA(nn.Module):
         known = [self.remembered.get(str(visual_of(item))) for item in visuals]
         if visuals:
             if all(known):
-                tokens, grids = map(list, zip(*known))
-                batch = {"visual": torch.cat(tokens), "grid_thw": (grids := torch.stack(grids))}
+                tokens, grids = zip(*known)
+                grids, batch = torch.stack(grids), {"visual": torch.cat(tokens)}
             else:
                 pixels, grids = self.patches(visuals)
-                batch = {"pixel_values": pixels, "grid_thw": grids}
+                batch = {"pixel_values": pixels}
+            batch["grid_thw"] = grids  # time, height, width, in patches
             videos = torch.tensor([kind == "video" for kind in kinds if kind])
             sizes = {"image_grid_thw": grids[~videos], "video_grid_thw": grids[videos]}
         # A visual has as many placeholders as the tower gives tokens; `forward` fills them in.
