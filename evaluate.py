@@ -34,7 +34,7 @@ from support.files import (check_option, clear_errors, did_text, modality_class,
 from support.index import Store, search
 from support.items import MODALITIES, Folder
 from support.pictures import draw_depths, draw_gallery
-from support.run import count_flops
+from support.run import autocast, count_flops
 
 
 class Embedded:
@@ -130,8 +130,9 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     store = Store(name, last.max_text_tokens, dict(last.image_processor.size), dtypes)
 
     def states(batch):
-        visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
-        return torch.stack([model(batch, visual) for model in models], dim=1)
+        with autocast(last.device):
+            visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
+            return torch.stack([model(batch, visual) for model in models], dim=1)
 
     def encode(items, facts):
         vectors = store.embed(items, facts, lambda part: last.encode(

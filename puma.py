@@ -84,7 +84,8 @@ class PUMA(nn.Module):
         for name, limit in limits.items():
             check_option(name, limit, int, 1)
         config.puma = limits  # saved with the model: it is evaluated as it was trained
-        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        gpu = torch.device(device).type != "cpu"
+        dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
         fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
         with loading(name_or_path):
             text_config = config.get_text_config()
@@ -95,7 +96,7 @@ class PUMA(nn.Module):
             backbone, report = AutoModel.from_pretrained(
                 name_or_path, config=config, dtype=dtype, output_loading_info=True,
                 use_safetensors=True, trust_remote_code=False,
-                attn_implementation="flash_attention_2" if fast else "sdpa")
+                attn_implementation="flash_attention_2" if fast else "sdpa" if gpu else "float32")
             _check_weights(report, len(backbone.language_model.layers))
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)

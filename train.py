@@ -39,7 +39,7 @@ from support import distributed
 from support.files import clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
-from support.run import Run, count_flops, measure_peak, prepared
+from support.run import Run, autocast, count_flops, measure_peak, prepared
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
@@ -228,11 +228,6 @@ def move(batch, device):
     return {**batch, **tensors, "chunks": [to_device(chunk, device) for chunk in batch["chunks"]]}
 
 
-def autocast(device):
-    """bfloat16 matrix products on GPUs. (On a CPU a prototype gained 6 % from them at toy size.)"""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def train_set(benchmark, config, stage):
     """The batches of a stage. Pure distillation needs no label, so it uses all queries."""
     labels = 0 if stage == 1 and config.distill_weight == 1 else config.labels
@@ -273,7 +268,8 @@ def remember_images(model, datasets, config):
     """Let each image of these batches go through the frozen tower once, if all fit into memory."""
     batches = (dataset[step] for dataset in datasets for step in range(len(dataset)))
     items = (item for pairs in batches for item in pairs["queries"] + pairs["targets"])
-    with contextlib.suppress(ValueError):  # what is wrong with an image is said at its step
+    # What is wrong with an image is said at its step.
+    with contextlib.suppress(ValueError), autocast(model.device):
         model.remember(items, config.visual_memory << 20, config.workers)
 
 
