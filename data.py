@@ -282,6 +282,9 @@ class Checker(Benchmark):
         files = sorted(self.root.glob("query/*/*.jsonl"))
         if not files:
             raise ValueError(f"{self.root}: expected files query/<split>/*.jsonl, found none")
+        union = self.root / "query/union_train"
+        if union.is_dir() and len(found := list(union.glob("*.jsonl"))) != 1:  # as TrainSet has it
+            self.problem(union, 0, f"expected 1 .jsonl file, got {len(found)}")
         paths = sorted(self.root.glob("cand_pool/*/*.jsonl"))
         pools = {path: self.pool(path) for path in tqdm(paths, "pools", disable=None)}
         for path, pool in pools.items():

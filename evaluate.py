@@ -34,7 +34,7 @@ from support.files import (check_option, clear_errors, did_text, modality_class,
 from support.index import embed_to_file, search, stored_path
 from support.items import MODALITIES, Folder
 from support.pictures import draw_depths, draw_gallery
-from support.run import count_flops
+from support.run import autocast, count_flops
 
 
 class Embedded:
@@ -128,8 +128,9 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), dtypes
 
     def states(batch):
-        visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
-        return torch.stack([model(batch, visual) for model in models], dim=1)
+        with autocast(last.device):
+            visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
+            return torch.stack([model(batch, visual) for model in models], dim=1)
 
     def encode(items):
         path = stored_path(name, items, *settings, skip_bad)

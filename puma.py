@@ -77,13 +77,15 @@ class PUMA(nn.Module):
         config = load_config(name_or_path)
         # Limits, in rising priority: the paper's, those of a saved PUMA, the arguments.
         names = ("max_visual_tokens", "max_text_tokens", "max_frames")
-        limits = {**dict(zip(names, (300, 450, 8))), **getattr(config, "puma", {})}
+        with loading(name_or_path):
+            limits = dict(zip(names, (300, 450, 8))) | getattr(config, "puma", {})
         given = zip(names, (max_visual_tokens, max_text_tokens, max_frames))
         limits |= {name: limit for name, limit in given if limit is not None}
         for name, limit in limits.items():
             check_option(name, limit, int, 1)
         config.puma = limits  # saved with the model: it is evaluated as it was trained
-        dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+        gpu = torch.device(device).type != "cpu"
+        dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
         fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
         with loading(name_or_path):
             text_config = config.get_text_config()
@@ -94,7 +96,7 @@ class PUMA(nn.Module):
             backbone, report = AutoModel.from_pretrained(
                 name_or_path, config=config, dtype=dtype, output_loading_info=True,
                 use_safetensors=True, trust_remote_code=False,
-                attn_implementation="flash_attention_2" if fast else "sdpa")
+                attn_implementation="flash_attention_2" if fast else "sdpa" if gpu else "float32")
             _check_weights(report, len(backbone.language_model.layers))
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
@@ -103,6 +105,8 @@ class PUMA(nn.Module):
             # "shortest_edge", "longest_edge" are the least and the most pixels of an image, oddly.
             processor.size = {edge: min(n, pixels) for edge, n in dict(processor.size).items() if n}
             _add_ret_token(tokenizer, backbone)
+            if max(tokenizer.get_vocab().values()) >= len(backbone.get_input_embeddings().weight):
+                raise ValueError("its tokenizer has ids that its embedding table has not")
             model = cls(backbone, tokenizer, processor, *map(limits.get, names[1:])).to(device)
             # Whatever else is wrong in the folder, template or processor, shows in a first item.
             trial = model.encode({"text": "a", "image": Image.new("RGB", (56, 56))},
@@ -181,11 +185,12 @@ class PUMA(nn.Module):
         known = [self.remembered.get(str(visual_of(item))) for item in visuals]
         if visuals:
             if all(known):
-                tokens, grids = map(list, zip(*known))
-                batch = {"visual": torch.cat(tokens), "grid_thw": (grids := torch.stack(grids))}
+                tokens, grids = zip(*known)
+                grids, batch = torch.stack(grids), {"visual": torch.cat(tokens)}
             else:
                 pixels, grids = self.patches(visuals)
-                batch = {"pixel_values": pixels, "grid_thw": grids}
+                batch = {"pixel_values": pixels}
+            batch["grid_thw"] = grids  # time, height, width, in patches
             videos = torch.tensor([kind == "video" for kind in kinds if kind])
             sizes = {"image_grid_thw": grids[~videos], "video_grid_thw": grids[videos]}
         # A visual has as many placeholders as the tower gives tokens; `forward` fills them in.
@@ -241,10 +246,10 @@ class PUMA(nn.Module):
         # The tower is frozen, so a picture's tokens are the same in every epoch. Chunks are the
         # same in every run, too, so that a run that is continued has the same roundings.
         files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of a small picture's tokens
-        for item in map(as_item, items):
+        for looked, item in enumerate(map(as_item, items)):
             if isinstance(visual_of(item), str):
                 files.setdefault(visual_of(item), item)
-            if len(files) * least > budget:  # do not read millions of lines for nothing
+            if len(files) * least > budget or looked > 200_000:  # to look takes time as well
                 return
         names, found, size = list(files), {}, 0
         parts = [[files[name] for name in names[start : start + chunk]]

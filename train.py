@@ -39,7 +39,7 @@ from support import distributed
 from support.files import check_option, clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
-from support.run import Run, count_flops, measure_peak, prepared
+from support.run import Run, autocast, count_flops, measure_peak, prepared
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
@@ -135,20 +135,20 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
                                   eps=1e-7, weight_decay=config.weight_decay)  # as in the paper
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
     student.train()  # dropout is on; there is none but LoRA's
-    if config.lora_rank:
-        set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
+    set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
     alone = distributed.world_size() == 1
     step_of = plain_step if alone and not config.chunk_size else large_batch_step
     items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
-        batch = move(batcher.step(0), device)
-        own_flops = count_flops(step_of, student, teacher, batch, stage, 0.0, config)
+        own_flops = count_flops(step_of, student, teacher, move(batcher.step(0), device), stage,
+                                0.0, config)
     # Dropout follows from seed, stage and rank alone, whatever was drawn before.
     torch.manual_seed(config.seed + 1000 * stage + distributed.rank())
     if first:
         run.load_state(optimizer, schedule)  # with the random numbers of that step
-    bar = tqdm(prepared(batcher.step, range(first, steps), config.workers), f"stage {stage}",
-               total=steps, initial=first, disable=not run.writes)  # one for all processes
+    bar = prepared(batcher.step, range(first, steps), config.workers)
+    if run.writes:  # one bar for all processes
+        bar = tqdm(bar, f"stage {stage}", steps, initial=first, unit="step")
     started, step = time.perf_counter(), first - 1
     try:
         for step, batch in enumerate(bar, first):
@@ -219,11 +219,6 @@ def move(batch, device):
     return {**batch, **tensors, "chunks": [to_device(chunk, device) for chunk in batch["chunks"]]}
 
 
-def autocast(device):
-    """bfloat16 matrix products on GPUs. (On a CPU a prototype gained 6 % from them at toy size.)"""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
 def train_set(benchmark, config, stage):
     """The batches of a stage. Pure distillation needs no label, so it uses all queries."""
     labels = 0 if stage == 1 and config.distill_weight == 1 else config.labels
@@ -264,7 +259,8 @@ def remember_images(model, datasets, config):
     """Let each image of these batches go through the frozen tower once, if all fit into memory."""
     items = (item for dataset in datasets for pairs in dataset
              for item in pairs["queries"] + pairs["targets"])
-    with contextlib.suppress(ValueError):  # what is wrong with an image is said at its step
+    # What is wrong with an image is said at its step.
+    with contextlib.suppress(ValueError), autocast(model.device):
         model.remember(items, config.visual_memory << 20, config.workers)
 
 

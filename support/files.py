@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import traceback
 from array import array
 from pathlib import Path
 from typing import get_args
@@ -221,11 +222,11 @@ def new_folder(folder):
     """Yield a folder to write in, which gets the name `folder` when all is written: after an error
     or a kill there is none of that name. FileExistsError if there is one, before or at the end."""
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(f"{folder} exists: choose another folder")
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):  # of a kill, if that process is gone
         if Path("/proc/self").exists() and not Path("/proc", left.suffix[5:]).exists():
             shutil.rmtree(left, ignore_errors=True)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another folder")
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
@@ -279,7 +280,13 @@ def clear_errors():
         if isinstance(error, RuntimeError) and "memory" not in text:
             raise
         print(printable(f"error: {text}"), file=sys.stderr)
-        sys.exit(2)
+        _end(error, 2)
     except KeyboardInterrupt as stop:
         print(f"stopped{stop}", file=sys.stderr)
-        sys.exit(130)
+        _end(stop, 130)
+
+
+def _end(error, status):
+    # Its traceback holds local variables, a loader of batches, say, whose processes would live on.
+    traceback.clear_frames(error.__traceback__)
+    sys.exit(status)

@@ -48,8 +48,8 @@ from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.distributed import pick_device  # noqa: E402
 from support.lora import add_lora  # noqa: E402
-from support.run import count_flops, measure_peak  # noqa: E402
-from train import Batcher, autocast, large_batch_step, move, plain_step  # noqa: E402
+from support.run import autocast, count_flops, measure_peak  # noqa: E402
+from train import Batcher, large_batch_step, move, plain_step  # noqa: E402
 
 TOY = ROOT / "toy/tiny-qwen2-vl"  # its tokenizer and special tokens; not its weights
 # hidden size, MLP, heads, key-value heads, vocabulary, vision (depth, width, heads), layers

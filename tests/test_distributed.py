@@ -101,7 +101,7 @@ def test_torchrun_trains_as_one_process_does_and_only_rank_0_writes(glyph_beir, 
         assert done.returncode == 0, done.stderr[-2000:]
         assert done.stdout.count("wrote") == 1
         assert sorted(path.name for path in out.iterdir()) == [
-            "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model"]
+            ".lock", "checkpoints", "config.json", "curves.png", "metrics.jsonl", "model"]
         rows.append([json.loads(line) for line in (out / "metrics.jsonl").open()])
     alone, together = rows
     assert len(alone) == len(together) == 5
@@ -140,7 +140,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused_also_when_resuming(tmp_pat
     (tmp_path / "config.json").write_text('{"batch_size": 7}')
     for config in (train.Config(batch_size=7), train.Config(resume=str(tmp_path))):
         with pytest.raises(ValueError, match="--batch-size must be a multiple of 4 .*, got 7"):
-            train.prepare(config, torch.device("cpu"))
+            train.run_stages(config)
 
 
 def test_without_torchrun_gathering_is_the_identity_without_gradient():

@@ -128,7 +128,8 @@ def test_several_models_in_one_pass_equal_each_ones_own_and_a_second_run_reads_t
     vectors = storing_encoder(models, tmp_path / "model", batch_size=4)(items)
     assert vectors.shape == (6, 2, 128) and len(calls) == 4
     for i, each in enumerate(models):
-        torch.testing.assert_close(vectors[:, i].float(), each.encode(items), atol=1e-3, rtol=0)
+        # Where the hardware has bfloat16 products, they have three digits.
+        torch.testing.assert_close(vectors[:, i].float(), each.encode(items), atol=4e-3, rtol=0)
     calls.clear()
     assert torch.equal(storing_encoder(models, tmp_path / "model")(items), vectors)
     assert not calls

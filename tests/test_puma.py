@@ -324,3 +324,12 @@ def test_remembered_images_give_the_same_embeddings_and_are_not_opened_again(pum
     Image.effect_noise((56, 56), 60).save(tmp_path / "new.png")
     with pytest.raises(ValueError, match="0.png"):  # of a batch with an unknown image, all are read
         puma.encode([{"image": str(tmp_path / "new.png")}, items[2]])
+
+
+@pytest.mark.parametrize("limits", [[1], "x", 5, {"max_frames": "8"}, {"max_text_tokens": 0}])
+def test_saved_limits_that_are_none_are_refused_in_one_line(limits, tmp_path):
+    shutil.copytree(MODEL, tmp_path / "model")
+    path = tmp_path / "model/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"puma": limits}))
+    with pytest.raises(ValueError, match="cannot load|must be in 1"):
+        PUMA.from_pretrained(tmp_path / "model")

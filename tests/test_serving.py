@@ -56,6 +56,23 @@ def test_the_readmes_ten_lines_give_the_embedding_of_encode(served, item):
     torch.testing.assert_close(names["embed"](**item), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_a_rotated_photograph_and_transparent_pixels_are_embedded_as_a_person_sees_them(
+        served, tmp_path):
+    names, puma, image = served
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    image.save(tmp_path / "rotated.png", exif=exif)
+    clear = image.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    clear.save(tmp_path / "clear.png")
+    plain = puma.encode(image, show_progress=False)
+    for name in ("rotated.png", "clear.png"):
+        expected = puma.encode(tmp_path / name, show_progress=False)
+        assert plain @ expected < 0.999, "it matters"
+        found = names["embed"](image=Image.open(tmp_path / name))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_an_instruction_is_the_first_line_of_a_querys_text(served):
     names, puma, _ = served
     instruction, text = QUERY.split("\n")

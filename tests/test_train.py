@@ -154,6 +154,25 @@ def test_gradcache_keeps_the_graph_of_one_chunk_at_a_time(batch):
     assert len(batch["chunks"]) == 4 and peaks[0] < peaks[1]
 
 
+def test_bfloat16_products_leave_loss_and_gradients_but_for_roundings_and_attention_in_float32(
+        batch, monkeypatch):
+    config, batch = batch
+    student, seen = train.load_student(config, CPU), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda query, *rest, **named: (
+                            seen.append(query.dtype), attention(query, *rest, **named))[1])
+    losses, found = [], []
+    for enabled in (False, True):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses.append(train.plain_step(student, None, batch, 2, 0.0, config)["loss"].item())
+        found.append(torch.cat([gradient.flatten() for gradient in gradients(student).values()]))
+    assert losses[0] != losses[1] == pytest.approx(losses[0], rel=0.02)  # it is really on
+    assert torch.cosine_similarity(*found, dim=0) > 0.99
+    assert set(seen) == {torch.float32}
+
+
 def test_row_7_distillation_compares_states_as_they_are_query_and_target_summed(batch):
     config, batch = batch
     student, teacher = torch.randn(24, 16), torch.randn(24, 16)

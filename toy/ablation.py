@@ -409,10 +409,13 @@ def run(args):
     """Train what has no result yet, group by group, and write the report after each."""
     check_option("--seeds", args.seeds, int, 1, len(T95) + 1)
     check_option("--workers", args.workers, int, 1, 1024)
+    args.work = args.work.absolute()
     os.chdir(ROOT)  # the paths in Config are relative to the repository
     weights = Path(BASE.model, "model.safetensors").read_bytes()
     args.work /= hashlib.sha256(weights).hexdigest()[:8]  # another MLLM has other results
-    evaluate.ensure_data(BASE.data)
+    if not args.report:
+        args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
+        evaluate.ensure_data(BASE.data)
     for group in () if args.report else args.groups or GROUPS:
         run_group(group, args.seeds, args.work, args.workers)
         write_report(args.work, ROOT / "docs")

@@ -289,7 +289,10 @@ def write_images(job):
     """
     root, face, chars = job
     Path(root, f"mbeir_images/{DATASET}/{face}").mkdir(parents=True)
+    parent = multiprocessing.parent_process()
     for char in chars:
+        if parent and not parent.is_alive():
+            return  # killed: what it has written is removed by the next call
         render(char, face).save(Path(root, image_path(char, face)), compress_level=1)
 
 

@@ -186,15 +186,16 @@ def make_model(tokenizer, seed):
 class CachedPUMA(PUMA):
     """Keeps the patches of every image that was read (about 1 GB in half precision)."""
 
-    def patches(self, visuals):
+    def patches(self, items):
         if not hasattr(self, "cache"):
             self.cache = {}
-        new = {f: None for [f] in visuals if f not in self.cache}
+        paths = [item["image"] for item in items]
+        new = {path: item for path, item in zip(paths, items) if path not in self.cache}
         if new:
-            pixels, grids = super().patches([[path] for path in new])
+            pixels, grids = super().patches(list(new.values()))
             parts = pixels.half().split(grids.prod(-1).tolist())
             self.cache.update(zip(new, zip(parts, grids)))
-        parts, grids = zip(*(self.cache[path] for [path] in visuals))
+        parts, grids = zip(*(self.cache[path] for path in paths))
         return torch.cat(parts).float(), torch.stack(grids)
 
 
@@ -429,6 +430,8 @@ def run(args):
         load_config(args.measure)
     elif Path(args.out).exists():
         raise ValueError(f"--out {args.out} exists: choose another folder")
+    if not args.measure:
+        Path(args.work).mkdir(parents=True, exist_ok=True)  # fails now or never
     if not Path(args.data).exists():
         print(build(args.data))
     if args.measure:
