@@ -30,7 +30,7 @@ def draw_curves(path, rows):
         axis.plot(*zip(*points), color="black", linewidth=1)
         axis.set(xlabel="step", ylabel=labels[key], ylim=(0, None))
         if key == "distill":
-            axis.set_title("stage 1", fontsize=10)
+            axis.set_title("stage 1", fontsize="medium")
         elif 0 < first < len(rows):  # the stages' names stand above the axis, clear of the lines
             axis.axvline(first + 0.5, color="0.6", linestyle=":")
             axis.text(first, 1.02, "stage 1 | ", ha="right", transform=axis.get_xaxis_transform())
