@@ -242,15 +242,14 @@ def bench_busy(seconds=15):
              f"{alone:.0f} and {busy:.0f}: 1 / {alone / busy:.2f}", ">= 1 / 2.5")
 
 
-def readme_module(model):
-    """The README's sentence-transformers model, by its very code: it embeds item by item."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("\n## Serving\n")[2]
+def page_module(model):
+    """docs/serving.md's sentence-transformers model, its very code: it embeds item by item."""
+    page = (Path(__file__).parent.parent / "docs/serving.md").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
         model.save_pretrained(f"{folder}/model")
         Image.new("RGB", (56, 56)).save(f"{folder}/my_glyph.png")
         names = {}
-        for block in re.findall(r"```python\n(.*?)```", section, re.S):
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
             block = block.replace("runs/puma-1/model", f"{folder}/model")
             exec(block.replace("my_glyph.png", f"{folder}/my_glyph.png"), names)
     return names["model_st"]
@@ -363,12 +362,12 @@ def bench_sentence_transformers(steps=4, encoded=1024, sizes=(32, 64, 128)):
               "image": item["image"] and Image.open(item["image"]).copy()} for item in items]
     items = [{kind: part for kind, part in item.items() if part} for item in parts]
     ways = [partial(found.encode, items, batch_size=64, normalize_embeddings=True)
-            for found in (readme_module(model), theirs)]
+            for found in (page_module(model), theirs)]
     ways.append(partial(model.encode, items, show_progress=False))
     for found in ways[:2]:
         assert np.allclose(found(), ways[2](), atol=1e-4)
     *slow, fast = seconds_of(*ways)
-    for name, took in zip(("the README's module", "a module that embeds batches"), slow):
+    for name, took in zip(("the module of docs/serving.md", "a module that embeds batches"), slow):
         line(f"{what}: encode {len(items):,} items, {name}",
              f"{took / fast:.2f}, here {len(items) / fast:.0f} items/s", ">= 1.2")
 
