@@ -205,6 +205,7 @@ import statistics, sys, time
 from data import Benchmark, TrainSet
 from puma import PUMA
 from settings import Config
+from support.run import autocast
 from train import Batcher, plain_step
 config = Config()
 batches = TrainSet(Benchmark(config.data), config.batch_size, steps=4)
@@ -213,7 +214,8 @@ ready = [Batcher(student, config)(batches[step]) for step in range(4)]
 took, end = [], time.perf_counter() + float(sys.argv[1])
 while time.perf_counter() < end:
     started = time.perf_counter()
-    plain_step(student, None, ready[len(took) % 4], 2, 0.5, config)
+    with autocast(student.device):
+        plain_step(student, None, ready[len(took) % 4], 2, 0.5, config)
     took.append(time.perf_counter() - started)
 print(2 * config.batch_size / statistics.median(took))
 """
