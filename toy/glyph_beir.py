@@ -288,7 +288,6 @@ def write_images(job):
     A folder belongs to one worker: two that create files in it would wait for each other.
     """
     root, face, chars = job
-    Path(root, f"mbeir_images/{DATASET}/{face}").mkdir(parents=True)
     parent = multiprocessing.parent_process()
     for char in chars:
         if parent and not parent.is_alive():
@@ -435,6 +434,8 @@ def build(out, seed=0, processes=None):
             (str(root), face, [char for char in chars if world.drawable(char, [face])])
             for face, chars in wanted.items()
         ]
+        for face in wanted:  # not by the workers: after a kill, one would make the folder anew
+            Path(root, f"mbeir_images/{DATASET}/{face}").mkdir(parents=True)
         context = multiprocessing.get_context("spawn")
         with context.Pool(processes or os.cpu_count(), ignore_interrupts) as workers:
             images = workers.map_async(write_images, jobs, chunksize=1)
