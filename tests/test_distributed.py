@@ -107,7 +107,8 @@ def test_torchrun_trains_as_one_process_does_and_only_rank_0_writes(glyph_beir, 
     assert len(alone) == len(together) == 5
     for one, two in zip(alone, together):
         for key in ("loss", "contrastive", "grad_norm"):
-            assert two[key] == pytest.approx(one[key], rel=1e-3)  # rounding grows with the steps
+            # Other chunks round otherwise, in bfloat16 by more; half of a gradient would show.
+            assert two[key] == pytest.approx(one[key], rel=0.05)
 
 
 def test_a_dead_process_ends_the_others_with_a_clear_message(glyph_beir, tmp_path):
