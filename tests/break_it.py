@@ -590,7 +590,7 @@ def run_cases(kinds, first_seed, work):
             seed, kind = job
             folder = work / f"case-{seed}"
             call = functools.partial(case, kind, seed, base, before, folder)
-            running[fork(call, f"{folder}.log", 240 if kind is kills else 30)] = kind, seed, folder
+            running[fork(call, f"{folder}.log", 240 if kind is kills else 60)] = kind, seed, folder
         if not running:
             return counts, failing
         pid, status = os.wait()
