@@ -28,11 +28,16 @@ What is held out of training (and of toy/pretrain.py, which reads the training f
 * motions     15 % of the (character, motion and its reverse) pairs of tasks 9 and 10;
 * characters  a tenth of them (split `zero`), whose names are made of words that other names use.
 
-    python toy/glyph_beir.py --premise toy/tiny-qwen2-vl --keep-layers 4
+MAC-Loss takes negatives of another modality for the easy ones. M-BEIR, ten datasets of one or two
+tasks each, makes them so: they are mostly of another dataset as well. This world is one of eight
+tasks, and its negatives of another modality may well be about the same character. Hence
 
-prints whether the world is one that MAC-Loss is made for: it takes negatives of another modality
-for the easy ones. Look there before believing a result on it. Not in the paper: it trains and tests
-on M-BEIR.
+    python toy/glyph_beir.py --domains --out data/domains
+    python toy/glyph_beir.py --premise toy/tiny-qwen2-vl --keep-layers 4 --out data/domains
+
+The first line writes the same characters as four datasets, each of one kind of script and of two
+tasks; the second prints how easy which negatives are for a model: look there before believing a
+result on MAC-Loss. Not in the paper: it trains and tests on M-BEIR.
 """
 
 import argparse

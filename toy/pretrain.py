@@ -52,6 +52,7 @@ from prune_distill import find_decoder, layer_embeddings  # noqa: E402
 from puma import PROMPT, PUMA, RET, load_config  # noqa: E402
 from support.files import check_option, clear_errors  # noqa: E402
 from support.report import score  # noqa: E402
+from support.run import autocast  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
     CLIP_TASKS,
     INSTRUCTIONS,
@@ -263,15 +264,17 @@ def loss_of(model, batch, positions, labels):
     """Mean cross-entropy at `positions` against the labels' distributions, in nats."""
     ids, config = batch["input_ids"], model.config
     embeds = model.get_input_embeddings()(ids)
-    if "pixel_values" in batch:  # stills and clips in one go; the stock forward pass takes two
-        visual = model.model.visual(batch["pixel_values"], grid_thw=batch["grid_thw"]).pooler_output
-        slots = (ids == config.image_token_id) | (ids == config.video_token_id)
-        embeds = embeds.masked_scatter(slots[..., None], visual)
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, attention_mask=batch["attention_mask"],
-        position_ids=batch["position_ids"], use_cache=False,
-    ).last_hidden_state  # (B, L, D)
-    return F.cross_entropy(model.lm_head(hidden[positions]), labels)
+    with autocast(model.device):
+        if "pixel_values" in batch:  # stills and clips in one go; the stock forward takes two
+            visual = model.model.visual(batch["pixel_values"], grid_thw=batch["grid_thw"])
+            slots = (ids == config.image_token_id) | (ids == config.video_token_id)
+            visual = visual.pooler_output.to(embeds.dtype)
+            embeds = embeds.masked_scatter(slots[..., None], visual)
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"], use_cache=False,
+        ).last_hidden_state  # (B, L, D)
+        return F.cross_entropy(model.lm_head(hidden[positions]), labels)
 
 
 def save_checkpoint(path, settings, step, model, optimizer, history):
@@ -314,7 +317,7 @@ def train(corpus, puma, model, args):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["step"], state["history"]
-    model.train()
+    model.train().set_attn_implementation("float32")  # see support/run.py
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)
     started = time.time() - (history[-1]["seconds"] if history else 0)
     for step in bar:
