@@ -26,7 +26,7 @@ import toy.glyph_beir as generator
 from toy.glyph_beir import World
 
 CLIP_TASKS = {task: kinds for task, kinds in data.TASKS.items() if "video" in kinds}  # dataset 11
-TASKS = {task: data.TASKS[task] for task in (0, 1, 2, 3, 4, 6, 7, 8)}  # dataset 10; 5 has two images
+TASKS = {task: data.TASKS[task] for task in (0, 1, 2, 3, 4, 6, 7, 8)}  # dataset 10
 ALL = {**TASKS, **CLIP_TASKS}
 EDIT_TASKS = (1, 6, 7, 8)
 SPLITS = ("val", "test", "zero")
