@@ -578,3 +578,38 @@ def test_the_premises_table_counts_what_a_model_that_sees_modalities_only_confus
         sum(not intra for _, intra in negatives) / len(negatives))
     gaps = [value for name, value in table.items() if name.startswith("centroids")]
     assert gaps and gaps == pytest.approx([2**0.5] * len(gaps))
+
+
+class Watcher:
+    """Knows what moves how in a clip or a description; of shuffled frames it knows nothing."""
+
+    def __init__(self, sign):
+        self.sign, self.shuffled = sign, 0
+
+    def encode(self, items, show_progress):
+        return torch.stack([self.vector(item) for item in items])
+
+    def vector(self, item):
+        if isinstance(item.get("video"), list):
+            self.shuffled += 1
+            return torch.zeros(64)
+        motions = {verb: motion for motion, verb in generator.VERBS.items()}
+        if item.get("video"):
+            code, motion = Path(item["video"]).stem.split("-")
+            char, sign = chr(int(code, 16)), 1
+        else:
+            verb = next(verb for verb in motions if item["text"].endswith(verb))
+            char, sign = named(item["text"].removesuffix(verb).strip()), self.sign
+            motion = motions[verb]
+        seed = ord(char) * 100 + sorted(generator.VERBS).index(motion)
+        vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        return sign * torch.nn.functional.normalize(vector, dim=0)
+
+
+@pytest.mark.parametrize("sign, expected", [(1, 1.0), (-1, 0.0)])
+def test_direction_is_the_share_of_clips_and_descriptions_told_from_their_reverse(
+        sign, expected, glyph_beir):
+    assert generator.direction(Watcher(sign), glyph_beir, "val") == expected
+    blind = Watcher(sign)
+    assert generator.direction(blind, glyph_beir, "val", shuffled=True) == 0  # no better than even
+    assert blind.shuffled > 50

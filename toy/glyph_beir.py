@@ -758,6 +758,40 @@ def premise(model, data, tasks_per_batch, batches=4, batch_size=128):
     return table
 
 
+def direction(model, data, split="test", shuffled=False):
+    """Does the model use time? -> share of the queries of tasks 9 and 10 whose target is nearer
+    than the same frames in reverse, or than the description of these; chance is 0.5.
+
+    Blinking has no reverse and is left out. `shuffled`: the frames of each clip in random order.
+    """
+    from data import Benchmark
+    from support.files import did_keys
+    from support.items import load_video
+
+    benchmark, rng, triples = Benchmark(data), random.Random(0), []
+    cells = [cell for cell in benchmark.cells(split) if "video" in
+             (cell.query_modality, cell.target_modality)]
+    for cell in cells:
+        pool = benchmark.pool(cell.pool_path)
+        for item, row in zip(cell.items, map(json.loads, cell.path.open(encoding="utf-8"))):
+            # The generator puts the reverse first among the hard negatives.
+            dids = did_keys([row["pos_cand_list"][0], row["neg_cand_list"][0]])
+            right, reverse = (pool[int(place)] for place in pool.find(dids))
+            if "-blink" not in (item.get("video") or right["video"]):
+                triples.append((item, right, reverse))
+    if not triples:
+        raise ValueError(f"{data}: expected clips, found none")
+
+    def shuffle(item):
+        if not shuffled or not item.get("video"):
+            return item
+        return {**item, "video": rng.sample(frames := load_video(item["video"]), len(frames))}
+
+    queries, right, reverse = (model.encode(list(map(shuffle, items)), show_progress=False)
+                               for items in zip(*triples))
+    return (((queries * right).sum(1) > (queries * reverse).sum(1)).float().mean()).item()
+
+
 def print_premise(name, data, keep_layers):
     """The table of `premise`, for batches of two tasks, as train.py's, and of all."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -769,6 +803,9 @@ def print_premise(name, data, keep_layers):
     for line in dict.fromkeys([*every, *two]):
         print(f"{line:<52}" + "".join(f"{table[line]:6.2f}" if line in table else "     -"
                                       for table in (two, every)))
+    if Path(data, "query/train", f"mbeir_{CLIP_DATASET}_train.jsonl").exists():
+        in_order, shuffled = (direction(model, data, shuffled=mixed) for mixed in (False, True))
+        print(f"clips told from their reverse: {in_order:.1%}, with shuffled frames {shuffled:.1%}")
 
 
 def main():
