@@ -29,13 +29,12 @@ import support  # noqa: F401  before torch: it says how threads wait
 import torch
 from tqdm import tqdm
 
-from support.files import (TASKS, Pool, Table, check_content, check_option, clear_errors, did_key,
-                           did_keys, did_text, make_item, modality_class, parse_lines, printable,
-                           refuse, warn)
+from support.files import (CANDIDATE, TASKS, Pool, Table, check_content, check_option, clear_errors,
+                           did_key, did_keys, did_text, make_item, modality_class, parse_lines,
+                           printable, refuse, warn)
 from support.items import MODALITIES, UNREADABLE, check_text, load_image, load_video, open_image
 from support.pairs import COLUMNS, write_pairs
 
-CANDIDATE = ("txt", "img_path", "video_path")  # M-BEIR has no video
 QUERY = tuple(f"query_{name}" for name in CANDIDATE)
 
 
@@ -120,8 +119,9 @@ class Benchmark:
                              f"{MODALITIES[key[0]]} -> {MODALITIES[key[1]]} in {self.prompts_path}")
         prompt = random.Random(f"{self.seed}-{row['qid']}-{salt}").choice(self.prompts[key])
         prompt = format_instruction(row.get("instruction") or prompt)  # its own: not in M-BEIR
-        item = make_item(self.root, *map(row.get, QUERY))
-        return {**item, "instruction": prompt}
+        item = make_item(self.root, *map(row.get, QUERY), place)
+        item["instruction"] = prompt
+        return item
 
     def cells(self, split, limit=None):
         """All cells of a split, by dataset and task. `limit`: only that many queries of each."""
@@ -233,11 +233,11 @@ class TrainSet(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         """One batch of B pairs: `queries`, `targets` (items), `modality` and `target_keys` (B,) of
-        the targets, `positive_keys`: for each query all its listed positives; `places`: the items'
-        files and lines; `about`: tasks and query ids, as text."""
+        the targets, `positive_keys`: for each query all its listed positives; `about`: tasks and
+        query ids, as text."""
         rng = random.Random(f"{self.seed}-{step}")
         chosen = self.schedule[step]
-        rows, lines = [self.queries[i] for i in chosen], [self.queries.place(i) for i in chosen]
+        rows = [self.queries[i] for i in chosen]
         positives = [did_keys(row["pos_cand_list"]) for row in rows]
         found = [self.pool.find(keys) for keys in positives]
         picked = [rng.choice(indices[indices >= 0].tolist()) for indices in found]
@@ -245,13 +245,13 @@ class TrainSet(torch.utils.data.Dataset):
         tasks = {f"dataset {row['qid'].split(':')[0]}, {row['query_modality']} -> "
                  f"{MODALITIES[target]}" for row, target in zip(rows, classes)}
         return {
-            "queries": [self.benchmark.query_item(row, target, step, place)
-                        for row, target, place in zip(rows, classes, lines)],
+            "queries": [self.benchmark.query_item(row, target, step, self.queries.place(i))
+                        for row, target, i in zip(rows, classes, chosen)],
             "targets": [self.pool[i] for i in picked],
             "modality": torch.tensor(classes),
             "target_keys": torch.tensor([int(self.pool.keys[i]) for i in picked]),
             "positive_keys": positives,
-            "places": lines + [self.pool.place(i) for i in picked],
+
             "about": f"{'; '.join(sorted(tasks))}; {' '.join(row['qid'] for row in rows)}",
         }
 

@@ -31,7 +31,7 @@ from settings import DEFAULT_DATA
 from support import distributed, report
 from support.files import (check_option, clear_errors, did_text, modality_class, new_folder,
                            printable, warn, write_json, write_text)
-from support.index import Store, search
+from support.index import embed_to_file, search, stored_path
 from support.items import MODALITIES, Folder
 from support.pictures import draw_depths, draw_gallery
 from support.run import autocast, count_flops
@@ -41,9 +41,8 @@ class Embedded:
     """All queries and candidates of some cells, each embedded once.
 
     `queries[cell name]` (Q, ..., D); `candidates` (N, ..., D), the items of `union`. The axis in
-    between is what `encode(items, facts)` returns there: several models or depths, say. `facts`:
-    the items' files and what else selects them, a key for `Store`. `sample`: of each local pool
-    only the positives and so many others; the global pool is then all of these together.
+    between is what `encode(items)` returns there: several models or depths, say. `sample`: of each
+    local pool only the positives and so many others; the global pool is then all these together.
     """
 
     def __init__(self, benchmark, cells, split, encode, sample=None):
@@ -57,7 +56,7 @@ class Embedded:
                 warn(path, 0, f"it has no right candidate for {lost:,} of {len(cell.items):,} "
                      f"queries of {cell.name}, which count as misses")
         if len(self.union) == len(self.pools[paths[0]]):  # the global pool holds the local ones
-            del paths[1:]  # a search through it uses the same embeddings
+            self.union = self.pools[paths[0]]  # a search through it uses the same embeddings
         if sample is not None:
             for cell in cells:
                 pool, positives = self.pools[cell.pool_path], set.union(*cell.relevant)
@@ -65,10 +64,9 @@ class Embedded:
             keys = {key for cell in cells for key in self.pools[cell.pool_path].keys.tolist()}
             self.union = self.pools[self.global_path] = self.union.sample(keys, 0)
         counts = [len(cell.items) for cell in cells]
-        facts = [benchmark.prompts_path, *(cell.path for cell in cells), *counts, benchmark.seed]
-        queries = encode([item for cell in cells for item in cell.items], facts)
+        queries = encode([item for cell in cells for item in cell.items])
         self.queries = {cell.name: part for cell, part in zip(cells, queries.split(counts))}
-        self.candidates = encode(self.union, paths)
+        self.candidates = encode(self.union)
 
     def row(self, key):
         """The index in `union` of a did key."""
@@ -123,19 +121,20 @@ def efficiency(model, items, batch_size=64, runs=3):
 
 
 def storing_encoder(models, name, batch_size=64, skip_bad=False):
-    """-> encode(items, facts) -> (N, M, D) embeddings of M models, kept in the folder of the last,
+    """-> encode(items) -> (N, M, D) embeddings of M models, kept in the folder of the last one,
     whose path or hub id is `name`. The models share the last one's vision tower."""
     last, width = models[-1], models[-1].ret_embedding.numel()
     dtypes = [str(model.ret_embedding.dtype) for model in models]
-    store = Store(name, last.max_text_tokens, dict(last.image_processor.size), dtypes)
+    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), dtypes
 
     def states(batch):
         with autocast(last.device):
             visual = last.visual_tokens(batch)  # each image is read, and seen by the tower, once
             return torch.stack([model(batch, visual) for model in models], dim=1)
 
-    def encode(items, facts):
-        vectors = store.embed(items, facts, lambda part: last.encode(
+    def encode(items):
+        path = stored_path(name, items, *settings, skip_bad)
+        vectors = embed_to_file(path, items, lambda part: last.encode(
             part, batch_size, show_progress=False, forward=states).flatten(1),
             len(models) * width, skip_bad)
         return vectors.unflatten(1, (len(models), width))
@@ -196,21 +195,19 @@ def write_results(out, results, text, embedded, cells, rankings):
 def show(model, args, out):
     """Search for args.query and args.image; print the args.k best, draw them into out; -> the file.
 
-    args.pool: a folder or M-BEIR directory instead of args.data. args.modality: only its
-    candidates; a query without instruction then gets the benchmark's for that task. args.skip_bad:
-    leave files out that cannot be read. Raises ValueError on bad input.
+    args.pool: a folder of files, instead of args.data. args.modality: only its candidates; a query
+    without instruction then gets the benchmark's for that task. args.skip_bad: leave files out that
+    cannot be read. Raises ValueError on bad input.
     """
     query = {"text": args.query, "image": args.image, "instruction": args.instruction}
-    root = Path(args.pool or args.data)
-    if args.pool and not (root / "cand_pool").is_dir():
-        items = Folder(root)
-        facts = [root.resolve(), *items.files]
+    if args.pool:
+        items = Folder(args.pool)
     else:
-        benchmark = Benchmark(root)
-        facts = [benchmark.global_pool_path("test")]
-        if facts == [None]:
-            raise ValueError(f"{root}: expected cand_pool/global/mbeir_union_test_cand_pool.jsonl")
-        items = benchmark.pool(*facts)
+        benchmark = Benchmark(args.data)
+        path = benchmark.global_pool_path("test")
+        if path is None:
+            raise ValueError(f"{args.data}/cand_pool/global: expected mbeir_union_test_cand_pool")
+        items = benchmark.pool(path)
         if args.modality and not args.instruction:
             kinds = ",".join(kind for kind in ("image", "text") if query[kind])
             task = modality_class(kinds), modality_class(args.modality)
@@ -218,7 +215,7 @@ def show(model, args, out):
             query["instruction"] = next(iter(prompts), None)
     vector = model.encode(query)[None]  # first, as a bad image should fail at once
     encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
-    vectors = encode(items, facts)[:, 0]
+    vectors = encode(items)[:, 0]
     if distributed.rank():
         return
     good = ~vectors[:, 0].isnan()
@@ -277,7 +274,7 @@ def compare_depths(model, benchmark, split="test", depths=None, keep_last=False,
     if not 1 <= depths[0] <= depths[-1] <= full:
         raise ValueError(f"--depths must be in 1..{full}, got {depths}")
     cells, states_of = benchmark.cells(split, queries), read_out(model, keep_last)
-    embedded = Embedded(benchmark, cells, split, lambda items, _facts: model.encode(
+    embedded = Embedded(benchmark, cells, split, lambda items: model.encode(
         items, batch_size, forward=states_of), candidates)
     last, sample = embedded.candidates[:, full], [i for cell in cells for i in cell.items[:16]]
     rows = []
@@ -306,7 +303,7 @@ def arguments():
     option("--query", help="search for this text instead of evaluating")
     option("--image", help="search for this image; with --query for both together")
     option("--instruction", help="what to look for, in front of the query's text")
-    option("--pool", help="search this folder of images and .txt files, or M-BEIR directory")
+    option("--pool", help="search this folder of images and .txt files instead of --data")
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--k", type=int, default=10, help="how many results a search shows")
     option("--skip-bad", action="store_true", help="search without the files that cannot be read")
@@ -330,10 +327,7 @@ def arguments():
 
 def main():
     with clear_errors():
-        try:
-            run(arguments())
-        finally:
-            distributed.stop()
+        run(arguments())
 
 
 def run(args):
@@ -342,9 +336,8 @@ def run(args):
     out = Path(args.out or "results/" + "-".join(Path(args.model).resolve().parts[-2:]))
     # A folder of --out gets its name when all is written; one of ours is written over.
     with new_folder(out) if args.out and first else contextlib.nullcontext(out) as folder:
-        if not args.pool and first:
+        if not args.pool:
             ensure_data(args.data)
-        distributed.gather_objects(None)  # the others wait
         model = PUMA.from_pretrained(args.model, device=device).eval()
         if args.query or args.image:
             written = show(model, args, folder)
@@ -366,13 +359,14 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written when its folder is absent."""
-    if str(folder) == DEFAULT_DATA and not Path(folder).exists():
+    """Have the default benchmark written when its folder is absent; other processes wait."""
+    if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
         print(f"writing GlyphBEIR to {folder} ...", flush=True)
         with contextlib.suppress(FileExistsError):  # another process was faster
             print(build(folder))
+    distributed.gather_objects(None)
 
 
 if __name__ == "__main__":

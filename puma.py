@@ -34,8 +34,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import is_flash_attn_2_available, logging
 
-from support.files import check_option, new_folder, regular
-from support.items import as_item, image_size, load_image, load_video
+from support.files import check_option, new_folder
+from support.items import as_item, image_size, load_frames, regular
 from support.run import prepared
 
 RET = "[RET]"
@@ -153,8 +153,7 @@ class PUMA(nn.Module):
         A grid (T, H, W) counts patches; 2 x 2 of them become one visual token. A patch spans two
         frames: the image processor repeats a still, a video puts its next frame there.
         """
-        visuals = [[load_image(item["image"])] if item.get("image")
-                   else load_video(item["video"], self.max_frames) for item in items]
+        visuals = [load_frames(item, self.max_frames) for item in items]
         out = self.image_processor(images=sum(visuals, []), return_tensors="pt")
         pixels, grids = out["pixel_values"], out["image_grid_thw"]  # (P, 1176), (frames, 3)
         if len(grids) == len(visuals):  # no video

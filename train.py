@@ -36,7 +36,7 @@ from prune_distill import distill_loss, find_decoder, prune_layers
 from puma import PUMA, load_config, loading, to_device
 from settings import Config, parse
 from support import distributed
-from support.files import clear_errors, read_json
+from support.files import check_option, clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
 from support.run import Run, autocast, count_flops, measure_peak, prepared
@@ -69,8 +69,8 @@ def stage_losses(states, teacher_states, batch, stage, progress, config):
         offset = config.intra_offset * min(1, 2 * progress)  # rises while tau_hard falls
         loss = contrastive = mac_loss(query, target, temperature=tau, tau_hard=tau_hard,
                                       intra_offset=offset, **about)
-    losses = {"loss": loss, "contrastive": contrastive, "distill": distill}
-    return {**losses, "hard_temperature": tau_hard}
+    return {"loss": loss, "contrastive": contrastive, "distill": distill,
+            "hard_temperature": tau_hard}
 
 
 # Both steps below leave the gradient of the loss L behind. L depends on the weights only through
@@ -191,16 +191,7 @@ class Batcher:
 
     def step(self, number):
         """The batch of a step of `dataset`. ValueError naming file and line of a bad item."""
-        pairs = self.dataset[number]
-        try:
-            return self(pairs)
-        except ValueError:
-            for item, place in zip(pairs["queries"] + pairs["targets"], pairs["places"]):
-                try:
-                    self.model.collate([item])
-                except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from error
-            raise
+        return self(self.dataset[number])
 
     def __call__(self, pairs):
         items = pairs["queries"] + pairs["targets"]
@@ -266,8 +257,8 @@ def load_teacher(config, student, device):
 
 def remember_images(model, datasets, config):
     """Let each image of these batches go through the frozen tower once, if all fit into memory."""
-    batches = (dataset[step] for dataset in datasets for step in range(len(dataset)))
-    items = (item for pairs in batches for item in pairs["queries"] + pairs["targets"])
+    items = (item for dataset in datasets for pairs in dataset
+             for item in pairs["queries"] + pairs["targets"])
     # What is wrong with an image is said at its step.
     with contextlib.suppress(ValueError), autocast(model.device):
         model.remember(items, config.visual_memory << 20, config.workers)
@@ -287,8 +278,7 @@ def print_plan(config, device):
     with torch.device("meta"):
         decoder, whole = find_decoder(model), model.num_parameters()
         depth, layers = len(decoder.layers), sum(p.numel() for p in decoder.layers.parameters())
-        if not 1 <= config.keep_layers <= depth:
-            raise ValueError(f"--keep-layers must be in 1..{depth}, got {config.keep_layers}")
+        check_option("--keep-layers", config.keep_layers, int, 1, depth)
         kept = prune_layers(model, config.keep_layers).num_parameters()
         prepare_training(config, model)  # LoRA's adapters are trained instead of the layers
     table = model.get_input_embeddings().requires_grad_(False)  # of it the row of [RET] is trained
@@ -329,10 +319,9 @@ def run_stages(config):
 def train_and_evaluate(config, device, run):
     """Both stages and the evaluation, from the start or from the last checkpoint."""
     folder, first = run.folder, run.writes  # of several processes the first writes
+    evaluate.ensure_data(config.data)
     if first:
-        evaluate.ensure_data(config.data)
         print_plan(config, device)
-    distributed.gather_objects(None)  # the others wait
     torch.manual_seed(config.seed)
     benchmark = Benchmark(config.data, config.seed)
     last_stage, done = run.position()  # (1, 0) in a new run
@@ -374,10 +363,7 @@ def train_and_evaluate(config, device, run):
 def main():
     config = parse(description=__doc__.split("\n")[0])
     with clear_errors():
-        try:
-            run_stages(config)
-        finally:
-            distributed.stop()
+        run_stages(config)
 
 
 if __name__ == "__main__":

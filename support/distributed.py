@@ -7,6 +7,7 @@ train.py. (Official code: a rank differentiates its own columns of the gathered 
 averages; its targets never learn from other ranks' queries.) Without torchrun all is the identity.
 """
 
+import atexit
 import os
 from datetime import timedelta
 
@@ -17,8 +18,8 @@ PATIENCE = timedelta(minutes=30)  # a rank silent for so long counts as dead
 
 
 def start(device_name):
-    """Join the other processes if torchrun started this one; -> the device, each rank its own GPU.
-    """
+    """Join the other processes, until this one ends, if torchrun started it; -> the device, each
+    rank its own GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return pick_device(device_name)
     if device_name in ("", "cuda") and torch.cuda.is_available():
@@ -27,6 +28,7 @@ def start(device_name):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    atexit.register(stop)
     return device
 
 

@@ -22,13 +22,14 @@ from typing import get_args
 
 import numpy as np
 
-from support.items import MODALITIES, check_text
+from support.items import MODALITIES, Item, check_text, regular
 
 TASKS = {  # M-BEIR's task id -> (query modality, candidate modality); it has no data for 5
     0: ("text", "image"), 1: ("text", "text"), 2: ("text", "image,text"), 3: ("image", "text"),
     4: ("image", "image"), 5: ("image", "image,text"), 6: ("image,text", "text"),
     7: ("image,text", "image"), 8: ("image,text", "image,text"),
     9: ("text", "video"), 10: ("video", "text")}  # ours
+CANDIDATE = ("txt", "img_path", "video_path")  # of these a row has content; M-BEIR has no video
 # What parsing a line may raise; RecursionError: JSON nested a thousand deep.
 BAD_LINE = (AttributeError, KeyError, TypeError, ValueError, RecursionError)
 CLASSES = {name: i for i, name in enumerate(MODALITIES)} | {"text,image": 2, "text,video": 4}
@@ -40,12 +41,6 @@ def refuse(path, number, text):
     """What is wrong with a line (0: the file as a whole) becomes a ValueError "file:line: text"."""
     raise ValueError(f"{path}:{number}: {text}" if number else f"{path}: {text}")
 
-
-def regular(path):
-    """The path; ValueError if there is something else than a file: a pipe would block for ever."""
-    if Path(path).exists() and not Path(path).is_file():
-        refuse(path, 0, "expected a regular file")
-    return Path(path)
 
 
 def parse_lines(path, parse, expected, on_error=refuse, header=0):
@@ -141,13 +136,16 @@ def check_content(text, image, video=None):
     return 0 if not path else (4 if text else 3) if video else 2 if text else 1
 
 
-def make_item(root, text, image, video=None):
-    """{"text", "image", if any "video"}, whole paths; ValueError if a link leads out of `root`."""
+def make_item(root, text, image, video=None, place=None):
+    """{"text", "image", if any "video"}, whole paths, which knows its place, a file and line.
+    ValueError if a link leads out of `root`."""
     path = image or video
     if path and not Path(os.path.realpath(root / path)).is_relative_to(os.path.realpath(root)):
         raise ValueError(f"expected an image inside the data directory, {root / path} leads out")
-    item = {"text": text or None, "image": str(root / image) if image else None}
-    return {**item, "video": str(root / video)} if video else item
+    item = Item(text=text or None, image=str(root / image) if image else None)
+    item |= {"video": str(root / video)} if video else {}
+    item.place = place
+    return item
 
 
 class Pool:
@@ -158,7 +156,7 @@ class Pool:
     """
 
     def __init__(self, tables, root, places=None):
-        self.tables, self.root = tables, root
+        self.tables, self.root, self.files = tables, root, [table.path for table in tables]
         keys, modality = map(np.concatenate, zip(*(table.columns[:2] for table in tables)))
         self.starts = np.cumsum([0, *map(len, tables)])  # place of each table's first line
         if places is None:  # the first line of each did
@@ -177,23 +175,13 @@ class Pool:
         return len(self.places)
 
     def __getitem__(self, i):
-        table, line = self._line(i)
-        row = table[line]
-        return make_item(self.root, row.get("txt"), row.get("img_path"), row.get("video_path"))
-
-    def _line(self, i):
-        """Candidate i's table, and its place in there."""
         place = int(self.places[i])  # raises IndexError beyond the end
-        table = int(np.searchsorted(self.starts, place, side="right")) - 1
-        return self.tables[table], place - int(self.starts[table])
+        number = int(np.searchsorted(self.starts, place, side="right")) - 1
+        table, line = self.tables[number], place - int(self.starts[number])
+        return make_item(self.root, *map(table[line].get, CANDIDATE), table.place(line))
 
     def name(self, i):
         return did_text(int(self.keys[i]))
-
-    def place(self, i):
-        """Candidate i's file and line, as text."""
-        table, line = self._line(i)
-        return table.place(line)
 
     def sample(self, keys, others, seed=0):
         """A smaller pool: the candidates with these keys, and up to so many others, drawn."""

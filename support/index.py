@@ -1,7 +1,7 @@
 """Embed once into a file, then search it exactly, in memory that does not grow with the pool.
 
-    store = Store("runs/puma-1/model", settings)
-    vectors = store.embed(pool, [pool_file], encode, width)     # (N, D) float16, a memory map
+    path = stored_path("runs/puma-1/model", pool)
+    vectors = embed_to_file(path, pool, encode, width)          # (N, D) float16, a memory map
     scores, rows = search(queries, vectors, k=10)               # best first
 
 The first call embeds chunk by chunk into `runs/puma-1/model/cache/<key>.npy`; a call after a kill
@@ -77,26 +77,22 @@ def fingerprint(parts):
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-class Store:
-    """The folder of a model's embedding files: `cache` in the model's own folder, or, for a hub id
-    or a folder that cannot be written, in `results/<name>`. `settings`: what else counts."""
+def stored_path(name, items, *settings):
+    """The file for a model's embeddings of these items, in `cache` in the model's own folder, or,
+    for a hub id or a folder that cannot be written, in `results/<name>`.
 
-    def __init__(self, name, *settings):
-        home = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
-        code = [Path(__file__).parent / file for file in ("index.py", "items.py", "../puma.py")]
-        self.parts = [path for path in sorted(home.iterdir()) if path.is_file()] + code
-        self.parts += settings
-        self.folder = home / "cache"
-        if not (Path(name).is_dir() and os.access(home, os.W_OK)):
-            self.folder = Path("results") / "-".join(Path(name).parts[-2:]) / "cache"
-
-    def embed(self, items, facts, encode, width, skip_bad=False):
-        """Embeddings (N, `width`) of a sequence of items, from the file or computed into it. facts:
-        their files as Paths, and what else selects them. The rest as in `embed_to_file`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / ".gitignore").write_text("*\n")
-        key = fingerprint([*self.parts, *facts, len(items), skip_bad])
-        return embed_to_file(self.folder / f"{key}.npy", items, encode, width, skip_bad)
+    A pool is known by its `files`, other items by what they are. `settings`: what else counts.
+    """
+    home = Path(name) if Path(name).is_dir() else Path(cached_file(name, "config.json")).parent
+    code = [Path(__file__).parent / file for file in ("index.py", "items.py", "../puma.py")]
+    parts = [path for path in sorted(home.iterdir()) if path.is_file()] + code
+    key = fingerprint([*parts, *getattr(items, "files", items), len(items), *settings])
+    folder = home / "cache"
+    if not (Path(name).is_dir() and os.access(home, os.W_OK)):
+        folder = Path("results") / "-".join(Path(name).parts[-2:]) / "cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("*\n")
+    return folder / f"{key}.npy"
 
 
 def embed_to_file(path, items, encode, width, skip_bad=False, chunk_size=1_024):
@@ -153,17 +149,15 @@ def _create(path, shape, chunks):
 
 
 def _encode(items, rows, encode, width, skip_bad):
-    """Embeddings (rows, width); an item that `encode` refuses is named, or, with `skip_bad`, NaN.
-    """
+    """Embeddings (rows, width); with `skip_bad`, NaN for an item that `encode` refuses."""
     try:
         out = encode([items[i] for i in rows])
-    except ValueError as error:
+    except ValueError:
+        if not skip_bad:
+            raise
         if len(rows) > 1:  # which of them?
             return torch.cat([_encode(items, [i], encode, width, skip_bad) for i in rows])
-        if skip_bad:
-            return torch.full((1, width), torch.nan)
-        place = f"{items.place(rows[0])}: " if hasattr(items, "place") else ""
-        raise ValueError(f"{place}{error}") from error
+        return torch.full((1, width), torch.nan)
     if not (good := out.isfinite().all(1)).all():
         bad = items[rows[int(good.int().argmin())]]
         raise ValueError(f"the model's embedding of {bad} is NaN or infinite")

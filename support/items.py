@@ -16,6 +16,10 @@ SUFFIXES = (".txt", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 UNREADABLE = Exception  # Pillow raises errors of every kind on a broken file
 
 
+class Item(dict):
+    """An item whose errors name its `place`, a file and line."""
+
+
 def as_item(item):
     """A str (text), PIL image or Path (image), or dict -> dict of text, image, video, instruction.
 
@@ -45,6 +49,13 @@ def check_text(text, name):
         raise ValueError(f"{name}: expected valid Unicode, got {text!r:.80}") from None
 
 
+def regular(path):
+    """The path; ValueError if there is something else than a file: a pipe would block for ever."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: expected a regular file")
+    return Path(path)
+
+
 def open_image(image):
     """A path or PIL image -> PIL image, its header checked, its pixels not yet decoded.
 
@@ -52,9 +63,7 @@ def open_image(image):
     more than 200 times as long as wide, which Qwen2-VL's image processor refuses.
     """
     if not isinstance(image, Image.Image):
-        if Path(image).exists() and not Path(image).is_file():  # a pipe would block for ever
-            raise ValueError("it is no regular file")
-        image = Image.open(image)
+        image = Image.open(regular(image))
     width, height = image.size
     if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} pixels are too many")
@@ -110,6 +119,17 @@ def load_video(video, max_frames=8):
     if len(sizes) != 1:
         raise ValueError(f"the video {name} needs frames of one size, got {sizes or 'no frame'}")
     return [*frames, *frames[-1:]] if len(frames) % 2 else frames  # Qwen2-VL merges them in pairs
+
+
+def load_frames(item, max_frames=8):
+    """An item's picture, or those of its video; an error names the item's place, if it has one."""
+    try:
+        if item.get("image"):
+            return [load_image(item["image"])]
+        return load_video(item["video"], max_frames)
+    except ValueError as error:
+        place = getattr(item, "place", None)
+        raise ValueError(f"{place}: {error}" if place else str(error)) from error
 
 
 def image_size(image):

@@ -15,8 +15,8 @@ from collections import Counter, defaultdict
 from functools import cache
 from pathlib import Path
 
-from support.files import TASKS, check_content, make_item, new_folder, parse_lines, regular, warn
-from support.items import MODALITIES, check_text, load_image
+from support.files import TASKS, check_content, make_item, new_folder, parse_lines, warn
+from support.items import MODALITIES, check_text, load_image, regular
 
 COLUMNS = ("query_text", "query_image", "target_text", "target_image", "instruction")
 

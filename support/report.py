@@ -70,7 +70,7 @@ def score(cells, rankings):
         entries[cell.name] = entry = {"queries": len(cell.items), "headline_metric": metric}
         for which in ("local", "global"):
             if (cell.name, which) in rankings:
-                values = query_metrics(rankings[cell.name, which][1], cell.relevant)
+                values = query_metrics(rankings[cell.name, which][1], cell.relevant, cell.name)
                 values["headline"] = values[metric]
                 entry[which] = {name: value.mean().item() for name, value in values.items()}
 

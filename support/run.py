@@ -13,6 +13,7 @@ import signal
 import time
 from functools import partial
 from pathlib import Path
+from timeit import repeat
 
 import torch
 from filelock import FileLock, Timeout  # a package that torch itself needs
@@ -26,7 +27,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from support import distributed
-from support.files import parse_lines, read_json, refuse, regular, write_json, write_text
+from support.files import new_folder, parse_lines, read_json, refuse, write_json, write_text
+from support.items import regular
 
 UNUSED = {".lock", "config.json", "config.json.tmp", "checkpoints"}  # a killed run's, with no step
 
@@ -75,7 +77,7 @@ class Run:
             raise ValueError(f"--out {folder} is in use by another process") from None
         if not found:
             write_json(folder / "config.json", settings or {})
-        for left in (folder / "checkpoints").glob("*.tmp"):
+        for left in (folder / "checkpoints").glob("*.tmp-*"):  # of a process that was killed
             shutil.rmtree(left)
         (folder / "checkpoints").mkdir(exist_ok=True)
         return folder
@@ -83,8 +85,8 @@ class Run:
     def _compare(self, old, where, way_out):
         """ValueError naming the first of the decisive settings that differs from `old`."""
         for name, value in self.decisive.items():
-            if not isinstance(old, dict) or old.get(name, ...) != value:
-                was = old.get(name) if isinstance(old, dict) else old
+            was = old.get(name, "missing") if isinstance(old, dict) else old
+            if was != value:
                 raise ValueError(f"{where} {name}: {was!r:.80}, now {value!r:.80}; {way_out}")
 
     def __enter__(self):
@@ -129,7 +131,7 @@ class Run:
         whole = regular(self.metrics).read_bytes().count(b"\n")
         lines = parse_lines(self.metrics, parse, "a step of training, a JSON object",
                             lambda path, number, text: number > whole or refuse(path, number, text))
-        return [row for number, _, row in lines if number <= whole]
+        return [row for *_, row in lines]
 
     def save(self, model, optimizer, schedule, stage, step):
         """Trainable weights (safetensors), optimizer, schedule, each process's random state.
@@ -137,21 +139,17 @@ class Run:
         random = [torch.get_rng_state(), torch.cuda.get_rng_state_all()]  # [] without a GPU
         state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(),
                  "random": distributed.gather_objects(random)}
-        if not self.writes:
-            return
         folder = self.checkpoints / f"stage{stage}-step{step:06d}"
-        temporary = folder.with_suffix(".tmp")
+        if not self.writes or folder.exists():
+            return
         weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
         try:
-            temporary.mkdir()
-            save_file(weights, temporary / "model.safetensors")
-            torch.save(state, temporary / "state.pt")
-            facts = {"settings": self.decisive, "sha256": _digest(temporary)}
-            write_json(temporary / "checkpoint.json", facts)
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+            with new_folder(folder) as temporary:
+                save_file(weights, temporary / "model.safetensors")
+                torch.save(state, temporary / "state.pt")
+                facts = {"settings": self.decisive, "sha256": _digest(temporary)}
+                write_json(temporary / "checkpoint.json", facts)
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             text = str(error).splitlines()[0]
             raise OSError(f"cannot write {folder}: {text}; those before are whole") from error
         for old in self._saved()[: -self.keep_checkpoints]:
@@ -197,8 +195,7 @@ def _digest(folder):
     found = hashlib.sha256()
     for name in ("model.safetensors", "state.pt"):
         with regular(folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                found.update(block)
+            hashlib.file_digest(file, lambda: found)  # goes on with `found`, block by block
     return found.hexdigest()
 
 
@@ -271,9 +268,5 @@ def measure_peak(device, size=2048):
     """Operations a second of a large matrix product: the practical peak of this machine."""
     with autocast(device):  # in the precision of the training
         a = torch.eye(size, device=device) @ torch.randn(size, size, device=device)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        (a @ a).sum().item()  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+    seconds = repeat(lambda: (a @ a).sum().item(), number=1, repeat=4)  # item() waits for a GPU
+    return 2 * size**3 / min(seconds)

@@ -85,7 +85,7 @@ def test_queries_without_a_right_candidate_in_a_pool_are_said_once(tmp_path, gly
     path.write_text("\n".join(rows))
     benchmark = Benchmark(data)
     cells = [cell for cell in benchmark.cells("test", 5) if cell.name[-1] in "03"]
-    Embedded(benchmark, cells, "test", lambda items, _: torch.zeros(len(items), 1))
+    Embedded(benchmark, cells, "test", lambda items: torch.zeros(len(items), 1))
     assert capsys.readouterr().err == (
         f"warning: {path}: it has no right candidate for 5 of 5 queries of glyph_task3, which "
         "count as misses\n")
@@ -103,7 +103,7 @@ def test_row_17_the_popularity_penalty_subtracts_the_mean_similarity_to_all_quer
     torch.manual_seed(0)
     benchmark = Benchmark(glyph_beir)
     cells = benchmark.cells("test", 6)[:2]
-    embedded = Embedded(benchmark, cells, "test", lambda items, _: torch.randn(len(items), 3, 4))
+    embedded = Embedded(benchmark, cells, "test", lambda items: torch.randn(len(items), 3, 4))
     for penalty in (0.0, 0.2):
         rankings = embedded.rank(cells, 2, popularity_penalty=penalty)
         for cell in cells:
@@ -125,13 +125,13 @@ def test_several_models_in_one_pass_equal_each_ones_own_and_a_second_run_reads_t
     for each in models:
         each.register_forward_hook(lambda *_: calls.append(1))
     items = Benchmark(glyph_beir).cells("test", 5)[6].items + [{"text": "a"}]
-    vectors = storing_encoder(models, tmp_path / "model", batch_size=4)(items, [])
+    vectors = storing_encoder(models, tmp_path / "model", batch_size=4)(items)
     assert vectors.shape == (6, 2, 128) and len(calls) == 4
     for i, each in enumerate(models):
         # Where the hardware has bfloat16 products, they have three digits.
         torch.testing.assert_close(vectors[:, i].float(), each.encode(items), atol=4e-3, rtol=0)
     calls.clear()
-    assert torch.equal(storing_encoder(models, tmp_path / "model")(items, []), vectors)
+    assert torch.equal(storing_encoder(models, tmp_path / "model")(items), vectors)
     assert not calls
 
 
@@ -268,7 +268,7 @@ def test_a_hand_count_confirms_the_operations(puma):
 def test_a_sample_holds_every_positive_and_other_candidates_of_the_local_pools(glyph_beir):
     benchmark = Benchmark(glyph_beir)
     cells = benchmark.cells("test", 6)
-    embedded = Embedded(benchmark, cells, "test", lambda items, _: torch.zeros(len(items), 1), 30)
+    embedded = Embedded(benchmark, cells, "test", lambda items: torch.zeros(len(items), 1), 30)
     union = set()
     for cell in cells:
         keys = set(embedded.pools[cell.pool_path].keys.tolist())
@@ -287,7 +287,7 @@ def test_the_comparison_of_depths_equals_evaluations_of_models_cut_there(puma, g
     cells = benchmark.cells("test", 4)
 
     def embed(model):
-        return Embedded(benchmark, cells, "test", lambda items, _: model.encode(
+        return Embedded(benchmark, cells, "test", lambda items: model.encode(
             items, show_progress=False), 12)
 
     whole = embed(puma).candidates

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from support.index import BLOCK, Store, embed_to_file, fingerprint, search
+from support.index import BLOCK, embed_to_file, fingerprint, search, stored_path
 
 # ---- searching -----------------------------------------------------------------------------------
 
@@ -214,21 +214,23 @@ def test_a_fingerprint_changes_with_every_part_and_with_files(tmp_path):
     assert fingerprint([file, "model", 3]) != long_ago, "another size"
 
 
-def test_a_store_computes_again_when_the_model_its_settings_or_the_pool_change(tmp_path):
+def test_embeddings_are_computed_again_when_the_model_settings_or_the_pool_change(tmp_path):
     model, pool = tmp_path / "model", tmp_path / "pool.jsonl"
     model.mkdir()
     for file in (model / "config.json", pool):
         file.write_text("{}")
-    encode = Encoder()
+    encode, of_a_file = Encoder(), type("OfAFile", (list,), {"files": [pool]})
+    five = of_a_file(TEXTS[:5])
 
-    def computed(*settings, items=TEXTS[:5]):
+    def computed(*settings, items=five):
         encode.seen = []
-        vectors = Store(model, *settings).embed(items, [pool], encode, 3)
+        vectors = embed_to_file(stored_path(model, items, *settings), items, encode, 3)
         assert torch.equal(vectors, Encoder()(items).half())
         return len(encode.seen)
 
     assert [computed("a"), computed("a"), computed("b"), computed("b")] == [5, 0, 5, 0]
-    assert [computed("a", items=TEXTS[:4]), computed("a")] == [4, 0]
+    assert [computed("a", items=of_a_file(TEXTS[:4])), computed("a")] == [4, 0]
+    assert [computed("a", items=texts) for texts in (TEXTS[:5], TEXTS[1:6], TEXTS[:5])] == [5, 5, 0]
     for file in (model / "config.json", pool):
         file.write_text("{ }")
         assert [computed("a"), computed("a")] == [5, 0]
@@ -239,8 +241,8 @@ def test_the_files_of_a_hub_model_are_under_results(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "hub").mkdir()
     monkeypatch.setattr("support.index.cached_file", lambda name, file: tmp_path / "hub" / file)
-    Store("Qwen/Qwen2-VL-2B-Instruct").embed(TEXTS, [], Encoder(), 3)
-    assert len(list(tmp_path.glob("results/Qwen-Qwen2-VL-2B-Instruct/cache/*.npy"))) == 1
+    path = stored_path("Qwen/Qwen2-VL-2B-Instruct", TEXTS)
+    assert path.match("results/Qwen-Qwen2-VL-2B-Instruct/cache/*.npy") and path.parent.is_dir()
     assert not list((tmp_path / "hub").iterdir()), "the hub's folder is not ours"
 
 
@@ -248,8 +250,7 @@ def test_the_files_of_a_model_in_a_read_only_folder_are_under_results(tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/puma-1/model").mkdir(parents=True)
     monkeypatch.setattr(os, "access", lambda *_: False)
-    Store("runs/puma-1/model").embed(TEXTS, [], Encoder(), 3)
-    assert len(list(tmp_path.glob("results/puma-1-model/cache/*.npy"))) == 1
+    assert stored_path("runs/puma-1/model", TEXTS).match("results/puma-1-model/cache/*.npy")
 
 
 def test_unreadable_items_are_named_or_skipped(tmp_path):
@@ -262,17 +263,15 @@ def test_unreadable_items_are_named_or_skipped(tmp_path):
                 raise ValueError(f"cannot read image {item['image']}")
         return Encoder()([item["text"] for item in part])
 
-    store = Store(tmp_path)
+    paths = {skip_bad: stored_path(tmp_path, items, skip_bad) for skip_bad in (False, True)}
     for _ in range(2):  # what was skipped in between is an error again
         with pytest.raises(ValueError, match="cannot read image .*bad.png"):
-            store.embed(items, [], encode, 3)
-        vectors = store.embed(items, [], encode, 3, skip_bad=True)
+            embed_to_file(paths[False], items, encode, 3)
+        vectors = embed_to_file(paths[True], items, encode, 3, skip_bad=True)
         assert vectors.isnan().all(1).tolist() == [False, True, False]
         assert vectors[2].tolist() == [2, 6, 1]
     with pytest.raises(ValueError, match="^cannot read image .*bad.png"):
         embed_to_file(tmp_path / "d.npy", items, encode, 3)
-    placed = type("Placed", (list,), {"place": lambda self, i: f"pool.jsonl:{i + 1}"})(items)
-    with pytest.raises(ValueError, match="^pool.jsonl:2: cannot read image .*bad.png"):
-        embed_to_file(tmp_path / "e.npy", placed, encode, 3)
+
     nothing = embed_to_file(tmp_path / "c.npy", items[1:2], encode, 3, skip_bad=True)
     assert nothing.isnan().all()

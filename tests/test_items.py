@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from support.items import (Folder, as_item, image_size, load_image, load_video, open_image)
+from support.items import (Folder, Item, as_item, image_size, load_frames, load_image, load_video,
+                           open_image)
 
 RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)  # each of 256 brightnesses
 
@@ -114,7 +115,7 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
     Image.new("L", (1, 200)).save(tmp_path / "just.png")
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in (("cut", "truncated"), ("text", "cannot identify"),
-                         ("missing", "No such file"), ("pipe", "it is no regular file"),
+                         ("missing", "No such file"), ("pipe", "expected a regular file"),
                          ("long", "1 x 201 pixels: one side is over 200 times the other")):
         path = tmp_path / f"{name}.png"
         with pytest.raises(ValueError, match=f"cannot read image .*{name}.png: .*{reason}"):
@@ -129,6 +130,16 @@ def test_what_cannot_be_read_is_named_with_the_reason(tmp_path, monkeypatch):
         load_image(tmp_path / "whole.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4096)
     assert load_image(tmp_path / "whole.png").mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_what_cannot_be_read_of_an_item_that_knows_its_place_is_named_with_it(kind):
+    item = Item({kind: "missing.gif"})
+    with pytest.raises(ValueError, match=f"^cannot read {kind} missing.gif: .*No such file"):
+        load_frames(item)
+    item.place = "pool.jsonl:7"
+    with pytest.raises(ValueError, match=f"^pool.jsonl:7: cannot read {kind} missing.gif: "):
+        load_frames(as_item(item))
 
 
 @pytest.mark.parametrize("name", ["clip.gif", "clip.png", "clip.webp"])

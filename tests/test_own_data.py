@@ -223,7 +223,7 @@ BAD = {  # name: (suffix, the lines after a CSV's first one, {number of a bad li
     "no image": (".csv", "a,,,5.png\n,x/1.png,a,\n", {
         2: "cannot read image .*photos/5.png: .*No such file", 3: "cannot read image .*x/1.png"}),
     "not an image": (".csv", "a,,,pairs.csv\n", {2: "cannot read image .*/pairs.csv: cannot id"}),
-    "a folder": (".csv", "a,,,cats\n", {2: "cannot read image .*/cats: it is no regular"}),
+    "a folder": (".csv", "a,,,cats\n", {2: "cannot read image .*/cats: expected a regular"}),
     "out": (".csv", "a,,,../photos/1.png\n", {2: "expected an image path inside the data dir"}),
     "absolute": (".csv", "a,,,/etc/1.png\n", {2: "expected an image path inside the data dir"}),
     "cut short": (".csv", "a,,,cut.png\n", {2: "cannot read image .*cut.png: .*truncated"}),

@@ -646,7 +646,7 @@ def test_a_miniature_of_the_main_job_beats_chance_by_far(glyph_beir, tmp_path, m
     averages = []
     for model in (PUMA.from_pretrained(MODEL, 2), PUMA.from_pretrained(folder / "model")):
         embedded = Embedded(benchmark, cells, "test",
-                            lambda items, _, model=model: model.encode(items))
+                            lambda items, model=model: model.encode(items))
         averages.append(score(cells, embedded.rank(cells))["average"]["local"]["hit_rate@5"])
     chance = 5 / 3189
     assert averages[1] > 50 * chance

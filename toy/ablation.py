@@ -152,7 +152,7 @@ def run_one(settings, seed, folder):
     student.remembered = {}
     benchmark = Benchmark(config.data)  # the same instructions for every seed
     cells = evaluate.split_cells(benchmark, "test", limit=200)
-    embedded = evaluate.Embedded(benchmark, cells, "test", lambda items, _: student.encode(items))
+    embedded = evaluate.Embedded(benchmark, cells, "test", student.encode)
     rankings = embedded.rank(cells)
     quality = score(cells, rankings)
     confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[

@@ -401,7 +401,7 @@ def measure(folder, data):
         return layer_embeddings(puma, batch).transpose(0, 1)
 
     embedded = Embedded(benchmark, cells, "test",
-                        lambda items, _: puma.encode(items, forward=states_of))
+                        lambda items: puma.encode(items, forward=states_of))
     for layers in range(depth, 0, -1):
         result = score(cells, embedded.rank(cells, layers))
         for kind, start in (("seen", "glyph"), ("zero-shot", "zero_glyph"), ("clips", "motion"),
