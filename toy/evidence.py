@@ -109,7 +109,7 @@ def run_one(settings, seed, folder):
     benchmark = Benchmark(config.data)  # the same instructions for every seed
     cells = [cell for cell in evaluate.split_cells(benchmark, split, limit=200)
              if not cell.name.startswith("zero_")]
-    embedded = evaluate.Embedded(benchmark, cells, split, lambda items, _: student.encode(items))
+    embedded = evaluate.Embedded(benchmark, cells, split, lambda items: student.encode(items))
     rankings = embedded.rank(cells)
     confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[
         embedded.row(key)])
