@@ -311,9 +311,11 @@ def draw(path, folder):
         axis.set(title=f"{world} ({data})", xlabel="local pools: hit rate @5, %")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("global pool: hit rate @5, %")
-    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    handles = {label: handle for axis in axes
+               for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     plt.close(figure)
 
 
