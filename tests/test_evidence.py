@@ -1,4 +1,4 @@
-"""toy/evidence.py: its search for a temperature, its statistics and tables are right, it resumes."""
+"""toy/evidence.py: its search for a temperature, its statistics and tables; it resumes."""
 
 import json
 import math
