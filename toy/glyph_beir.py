@@ -384,9 +384,8 @@ def image_path(char, face):
 def ignore_interrupts():
     """Ctrl-C reaches the workers, too: only the first process speaks, and it ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-def centred(char, face):
-    """As `render`, but its ink in the middle, about which it will turn and grow."""
-    image = render(char, face)
+def centred(image):
+    """An `L` image whose ink stands in the middle, about which it will turn and grow."""
     box = ImageChops.invert(image).getbbox() or (0, 0, 1, 1)
     ink, image = image.crop(box), Image.new("L", image.size, 255)
     image.paste(ink, ((IMAGE_SIZE - ink.width) // 2, (IMAGE_SIZE - ink.height) // 2))
@@ -396,7 +395,7 @@ def centred(char, face):
 def can_move(char):
     """The look of a character, or None if its motion would be hard to see: it is too small or too
     large, or looks much the same after a quarter turn."""
-    image = centred(char, TRAIN_FACES[0])
+    image = centred(render(char, TRAIN_FACES[0]))
     left, top, right, bottom = ImageChops.invert(image).getbbox() or (0, 0, 0, 0)
     turned = place(image, angle=math.pi / 2)
     ink, change = (sum(pixel * count for pixel, count in enumerate(picture.histogram()))
@@ -415,15 +414,20 @@ def place(image, scale=1.0, angle=0.0, right=0.0, down=0.0):
 
 
 def draw_clip(char, face, motion):
-    """4, 6 or 8 frames of a moving character: `L` images of 56 x 56 pixels with five greys.
+    """The frames of a moving character. What is random about them follows from character, face
+    and pair of motions, so the reverse motion has the same frames in reverse."""
+    pair = next(pair for pair in MOTIONS if motion in pair)
+    return animate(render(char, face), motion, random.Random(f"{char}-{face}-{pair[-1]}"))
 
-    Number of frames, size and track follow from character, face and pair of motions, so the
-    reverse motion has the same frames in reverse.
+
+def animate(image, motion, rng):
+    """A still moves: 4, 6 or 8 frames, `L` images of 56 x 56 pixels with five greys.
+
+    Number of frames, size and track are drawn from `rng`.
     """
     pair = next(pair for pair in MOTIONS if motion in pair)
-    rng = random.Random(f"{char}-{face}-{pair[-1]}")
     count, scale, aside = rng.choice((4, 6, 8)), rng.uniform(0.7, 0.9), rng.uniform(-4, 4)
-    image, frames = centred(char, face), []
+    image, frames = centred(image), []
     for i in range(count):
         t = i / (count - 1)  # 0 to 1
         across = 24 * t - 12

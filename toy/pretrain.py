@@ -31,12 +31,14 @@ import random
 import shutil
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import support  # noqa: E402, F401  before torch: it says how threads wait
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
@@ -49,7 +51,7 @@ from transformers import (  # noqa: E402
 from data import Benchmark  # noqa: E402
 from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
-from puma import PROMPT, PUMA, RET, load_config  # noqa: E402
+from puma import PROMPT, PUMA, RET, load_config, visual_of  # noqa: E402
 from support.files import check_option, clear_errors  # noqa: E402
 from support.report import score  # noqa: E402
 from support.run import autocast  # noqa: E402
@@ -60,6 +62,7 @@ from toy.glyph_beir import (  # noqa: E402
     TEST_QUERY_FACES,
     VERBS,
     World,
+    animate,
     build,
     clip_path,
     image_path,
@@ -80,6 +83,9 @@ TEMPLATE = (
 NAME_IT, DESCRIBE_IT = "name this character", "describe the motion"
 MOVING = 0.2  # the share of clips and their descriptions, in the answers and in the summaries
 PLAIN_TASKS = (0, 2, 3, 4)  # the query names or shows its target: nothing to compose
+# From this step on, this share of the clips is made of training pictures: 140 characters in two
+# typefaces each are too few to learn that a moving character is the still one.
+ANIMATED = (6_500, 0.75)
 INSTRUCTED = (3_000, 0.005)  # from this step on, this share of the summaries is of such a query
 
 
@@ -107,6 +113,11 @@ class Corpus:
             item = self.item(row["txt"], row["img_path"], row.get("video_path"))
             moving = row["modality"] == "text" and "video_path" in row
             self.candidates["description" if moving else row["modality"]].append((item, name))
+        # Motions that a character is never seen in are held out.
+        self.motions = defaultdict(list)
+        for _, text in self.candidates["description"]:
+            motion = next(motion for motion, verb in VERBS.items() if text.endswith(f" {verb}"))
+            self.motions[text.removesuffix(f" {VERBS[motion]}")].append(motion)
         self.queries = {task: [] for task in INSTRUCTIONS}
         for dataset in ("glyph", "motion"):
             for row in read_jsonl(self.data / f"query/train/mbeir_{dataset}_train.jsonl"):
@@ -128,10 +139,21 @@ class Corpus:
         for kind in ("image", "video", "sentence", "image and sentence") * 20:
             yield PROMPT.format(kind)
 
-    def sample_answer(self, rng):
+    def clip(self, rng, animated):
+        """A training clip, or with the probability `animated` a training picture that moves, and
+        its description."""
+        if not animated or rng.random() >= animated:
+            return rng.choice(self.candidates["video"])
+        item, name = rng.choice(self.candidates["image"])
+        motion = rng.choice(self.motions.get(name) or list(VERBS))
+        with Image.open(item["image"]) as image:
+            frames = animate(image.convert("L"), motion, rng)
+        return {**item, "image": None, "video": frames}, f"{name} {VERBS[motion]}"
+
+    def sample_answer(self, rng, animated=0):
         """An item with a question and the name or description that answers it."""
         if rng.random() < MOVING:
-            item, description = rng.choice(self.candidates["video"])
+            item, description = self.clip(rng, animated)
             return {**item, "text": DESCRIBE_IT}, description
         kind = rng.choices(("name", 1, 6), (0.6, 0.1, 0.3))[0]
         if kind == "name":
@@ -139,14 +161,16 @@ class Corpus:
             return {**item, "text": NAME_IT}, name
         return rng.choice(self.queries[kind])
 
-    def sample_summary(self, rng, instructed):
+    def sample_summary(self, rng, instructed, animated=0):
         """A candidate as retrieval will embed it, and its name; with the probability `instructed` a
         query with an instruction instead."""
         moving = rng.random() < MOVING
         if not instructed or rng.random() >= instructed:  # mostly to be seen: that is hardest
             kinds, shares = ((("video", "description"), (4, 1)) if moving
                              else (("text", "image", "image,text"), (1, 3, 1)))
-            return rng.choice(self.candidates[rng.choices(kinds, shares)[0]])
+            if (kind := rng.choices(kinds, shares)[0]) == "video":
+                return self.clip(rng, animated)
+            return rng.choice(self.candidates[kind])
         task = rng.choice(list(CLIP_TASKS) if moving else PLAIN_TASKS)
         item, name = rng.choice(self.queries[task])
         return {**item, "instruction": rng.choice(INSTRUCTIONS[task]) + "."}, name
@@ -205,29 +229,31 @@ def make_model(tokenizer, seed):
 
 
 class CachedPUMA(PUMA):
-    """Keeps the patches of every image and clip that was read (1.2 GB in half precision)."""
+    """Keeps the patches of every file that was read (1.2 GB in half precision)."""
 
     def patches(self, items):
         if not hasattr(self, "cache"):
             self.cache = {}
-        paths = [item.get("image") or item["video"] for item in items]
-        new = {path: item for path, item in zip(paths, items) if path not in self.cache}
-        if new:
+        # Frames of no file are new each time, and not kept.
+        names = [name if isinstance(name := visual_of(item), str) else id(item) for item in items]
+        found = {name: self.cache[name] for name in names if name in self.cache}
+        if new := {name: item for name, item in zip(names, items) if name not in found}:
             pixels, grids = super().patches(list(new.values()))
             parts = pixels.half().split(grids.prod(-1).tolist())
-            self.cache.update(zip(new, zip(parts, grids)))
-        parts, grids = zip(*(self.cache[path] for path in paths))
+            found |= zip(new, zip(parts, grids))
+            self.cache |= {name: found[name] for name in new if isinstance(name, str)}
+        parts, grids = zip(*(found[name] for name in names))
         return torch.cat(parts).float(), torch.stack(grids)
 
 
-def answer_batch(puma, corpus, rng, size):
+def answer_batch(puma, corpus, rng, size, animated=0):
     """`size` questions with their answers appended, for next-token prediction.
 
     Returns (batch, positions (rows, columns) of the M predicting states, labels (M, vocabulary),
     each row a distribution). Answers and summaries differ in length, hence a batch of each.
     """
     end = puma.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    pairs = [corpus.sample_answer(rng) for _ in range(size)]
+    pairs = [corpus.sample_answer(rng, animated) for _ in range(size)]
     answers = [[*ids, end] for ids in puma.tokenize([name for _, name in pairs])]
     batch = puma.collate([item for item, _ in pairs], [[*puma.after_ids, *ids] for ids in answers])
     length = batch["input_ids"].shape[1]
@@ -238,9 +264,9 @@ def answer_batch(puma, corpus, rng, size):
     return batch, (rows, columns), labels
 
 
-def summary_batch(puma, corpus, rng, size, instructed):
+def summary_batch(puma, corpus, rng, size, instructed, animated=0):
     """`size` items with the one-word prompt; the label of each is its name's word distribution."""
-    pairs = [corpus.sample_summary(rng, instructed) for _ in range(size)]
+    pairs = [corpus.sample_summary(rng, instructed, animated) for _ in range(size)]
     batch = puma.collate([item for item, _ in pairs])
     labels = torch.zeros(size, VOCABULARY)
     for row, (_, name) in enumerate(pairs):
@@ -324,12 +350,12 @@ def train(corpus, puma, model, args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         rng = random.Random(f"{args.seed}-{step}")
-        answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
+        animated, instructed = (share if step >= first_step else 0
+                                for first_step, share in (ANIMATED, INSTRUCTED))
+        half = args.batch_size // 2
+        answer = loss_of(model, *answer_batch(puma, corpus, rng, half, animated))
         answer.backward()
-        instructed = INSTRUCTED[1] if step >= INSTRUCTED[0] else 0
-        summary = loss_of(
-            model, *summary_batch(puma, corpus, rng, args.batch_size // 2, instructed)
-        )
+        summary = loss_of(model, *summary_batch(puma, corpus, rng, half, instructed, animated))
         summary.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
