@@ -215,7 +215,9 @@ def read_json(path):
 
 
 def write_text(path, text):
-    """Write beside, then rename: a reader never sees half a file, nor does a kill leave one."""
+    """Write beside, then rename: a reader never sees half a file, nor does a kill leave one. The
+    folder is made if it is absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
