@@ -195,8 +195,7 @@ def show(model, args, out):
 
     args.pool: a folder or M-BEIR directory instead of args.data. args.modality: only its
     candidates; a query without instruction then gets the benchmark's for that task. args.skip_bad:
-    leave files out that cannot be read. -> the picture's name. Raises ValueError on bad input.
-    """
+    leave files out that cannot be read. -> the picture's name. Raises ValueError on bad input."""
     query = {"text": args.query, "image": args.image, "video": args.video,
              "instruction": args.instruction}
     root = Path(args.pool or args.data)
@@ -214,7 +213,7 @@ def show(model, args, out):
             task = modality_class(kinds), modality_class(args.modality)
             prompts = [texts[0] for key, texts in benchmark.prompts.items() if key[:2] == task]
             query["instruction"] = next(iter(prompts), None)
-    vector = model.encode(query)[None]  # first, as a bad image should fail at once
+    vector = model.encode(query)[None]  # first, as a bad query should fail at once
     encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
     vectors = encode(items, facts)[:, 0]
     if distributed.rank():
@@ -317,7 +316,7 @@ def arguments():
     option("--device", default="", help="torch device; default: cuda if there is one")
     args = parser.parse_args()
     if (args.pool or args.instruction) and not (args.query or args.image or args.video):
-        raise ValueError("--pool and --instruction need a search: --query, --image or --video")
+        raise ValueError("--pool and --instruction need a search: give --query, --image or --video")
     if args.image and args.video:
         raise ValueError("a search is for --image or for --video, not for both")
     for name, value in vars(args).items():
