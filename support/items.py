@@ -128,11 +128,9 @@ def is_animated(path):
 
 
 class Folder:
-    """The images, videos and .txt files below a folder as items; hidden ones are left out.
-
-    A GIF, WebP or PNG that is animated is a video, any other picture an image. `modality[i]` is
-    item i's class. Raises ValueError if there are none, or on an empty text.
-    """
+    """The images, videos (GIF, WebP and PNG files that are animated) and .txt files below a folder
+    as items; hidden ones are left out. `modality[i]` is item i's class. Raises ValueError if there
+    are none, or on an empty text."""
 
     def __init__(self, root):
         self.root = Path(root)
