@@ -51,7 +51,6 @@ import re
 import signal
 import string
 import sys
-import textwrap
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -59,10 +58,10 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageSequence
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.files import check_option, clear_errors, new_folder  # noqa: E402
+from support.files import check_option, clear_errors, make_item, new_folder  # noqa: E402
 from support.pairs import write_m_beir  # noqa: E402
 
 DATASET, DATASET_ID = "glyph", 10  # M-BEIR's own datasets have the ids 0 to 9
@@ -94,6 +93,7 @@ TASKS = {
 }
 EDIT_TASKS = (1, 6, 7, 8)  # the query names a relation, the target is the other character
 CLIP_DATASET, CLIP_DATASET_ID, CLIP_CHARACTERS = "motion", 11, 140
+CONTENT = ("txt", "img_path", "video_path")  # of a candidate's line
 CLIP_TASKS = {9: ("text", "video"), 10: ("video", "text")}  # ours: M-BEIR has no video
 # A motion and its reverse: the same frames in the other order. Blinking has none.
 MOTIONS = {
@@ -642,49 +642,22 @@ def make_splits(world, train_pool, pool, seed):
     }
 
 
-def film_strip(path):
-    """The picture of a file, or the frames of a clip side by side, thin lines in between."""
-    frames = [frame.convert("L") for frame in ImageSequence.Iterator(Image.open(path))]
-    strip = Image.new("L", ((IMAGE_SIZE + 1) * len(frames) - 1, IMAGE_SIZE), 160)
-    for i, frame in enumerate(frames):
-        strip.paste(frame, ((IMAGE_SIZE + 1) * i, 0))
-    return strip
-
-
 def draw_samples(root, queries, path):
     """samples.png: for each task one test query beside its target, read back from the files."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from support.pictures import draw_gallery
 
     pool_file = root / "cand_pool/global/mbeir_union_test_cand_pool.jsonl"
     pool = {row["did"]: row for row in map(json.loads, pool_file.open(encoding="utf-8"))}
-    figure, axes = plt.subplots(5, 4, figsize=(13, 10), width_ratios=[1, 1, 1, 1])
-    tasks, first = {**TASKS, **CLIP_TASKS}, {row["task_id"]: row for row in reversed(queries)}
-    for axis in axes.flat:
-        axis.axis("off")
-    for index, task in enumerate(sorted(first)):
-        row = first[task]
-        target = pool[row["pos_cand_list"][0]]
-        sides = [("query", row["query_img_path"] or row.get("query_video_path"), row["query_txt"]),
-                 ("target", target["img_path"] or target.get("video_path"), target["txt"])]
-        for side, (role, image, text) in enumerate(sides):
-            axis = axes[index // 2][index % 2 * 2 + side]
-            if image:
-                axis.imshow(film_strip(root / image), cmap="gray", vmin=0, vmax=255)
-            lines = textwrap.wrap(text or "", 30)
-            if image:
-                axis.set_title("\n".join(lines), fontsize=9, y=-0.28)
-            else:
-                axis.text(0.5, 0.5, "\n".join(lines), ha="center", va="center", fontsize=11,
-                          transform=axis.transAxes)
-            kind = tasks[task][side].replace(",", " + ")
-            axis.text(0.5, 1.04, f"task {task}, {role}: {kind}", ha="center", fontsize=9,
-                      color="tab:blue" if role == "query" else "tab:green",
-                      transform=axis.transAxes)
-    figure.suptitle("GlyphBEIR: one test query of each task, and its target")
-    figure.tight_layout()
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    tasks, first, shown = TASKS | CLIP_TASKS, {row["task_id"]: row for row in reversed(queries)}, []
+    for task, row in sorted(first.items()):
+        target, (asked, wanted) = pool[row["pos_cand_list"][0]], tasks[task]
+        query = make_item(root, *(row.get(f"query_{field}") for field in CONTENT))
+        target = make_item(root, *map(target.get, CONTENT))
+        shown.append([(f"task {task}, query: {asked}", query, None),
+                      (f"target: {wanted}", target, True)])
+    # Two tasks in a row of the gallery.
+    rows = [sum(shown[i : i + 2], []) for i in range(0, len(shown), 2)]
+    draw_gallery(path, [(title, query, rest) for (title, query, _), *rest in rows], columns=3)
 
 
 def build(out, seed=0, processes=None, domains=False):
