@@ -83,9 +83,9 @@ TEMPLATE = (
 NAME_IT, DESCRIBE_IT = "name this character", "describe the motion"
 MOVING = 0.2  # the share of clips and their descriptions, in the answers and in the summaries
 PLAIN_TASKS = (0, 2, 3, 4)  # the query names or shows its target: nothing to compose
-# From this step on, this share of the clips is made of training pictures: 140 characters in two
-# typefaces each are too few to learn that a moving character is the still one.
-ANIMATED = (6_500, 0.75)
+# This share of the clips is made of training pictures: the 136 characters that have clips, in two
+# typefaces each, are too few to learn that a moving character is the still one.
+ANIMATED = 0.75
 INSTRUCTED = (3_000, 0.005)  # from this step on, this share of the summaries is of such a query
 
 
@@ -139,10 +139,9 @@ class Corpus:
         for kind in ("image", "video", "sentence", "image and sentence") * 20:
             yield PROMPT.format(kind)
 
-    def clip(self, rng, animated):
-        """A training clip, or with the probability `animated` a training picture that moves, and
-        its description."""
-        if not animated or rng.random() >= animated:
+    def sample_clip(self, rng):
+        """A training clip, or a training picture that moves, and its description."""
+        if rng.random() >= ANIMATED:
             return rng.choice(self.candidates["video"])
         item, name = rng.choice(self.candidates["image"])
         motion = rng.choice(self.motions.get(name) or list(VERBS))
@@ -150,10 +149,10 @@ class Corpus:
             frames = animate(image.convert("L"), motion, rng)
         return {**item, "image": None, "video": frames}, f"{name} {VERBS[motion]}"
 
-    def sample_answer(self, rng, animated=0):
+    def sample_answer(self, rng):
         """An item with a question and the name or description that answers it."""
         if rng.random() < MOVING:
-            item, description = self.clip(rng, animated)
+            item, description = self.sample_clip(rng)
             return {**item, "text": DESCRIBE_IT}, description
         kind = rng.choices(("name", 1, 6), (0.6, 0.1, 0.3))[0]
         if kind == "name":
@@ -161,7 +160,7 @@ class Corpus:
             return {**item, "text": NAME_IT}, name
         return rng.choice(self.queries[kind])
 
-    def sample_summary(self, rng, instructed, animated=0):
+    def sample_summary(self, rng, instructed):
         """A candidate as retrieval will embed it, and its name; with the probability `instructed` a
         query with an instruction instead."""
         moving = rng.random() < MOVING
@@ -169,7 +168,7 @@ class Corpus:
             kinds, shares = ((("video", "description"), (4, 1)) if moving
                              else (("text", "image", "image,text"), (1, 3, 1)))
             if (kind := rng.choices(kinds, shares)[0]) == "video":
-                return self.clip(rng, animated)
+                return self.sample_clip(rng)
             return rng.choice(self.candidates[kind])
         task = rng.choice(list(CLIP_TASKS) if moving else PLAIN_TASKS)
         item, name = rng.choice(self.queries[task])
@@ -246,14 +245,14 @@ class CachedPUMA(PUMA):
         return torch.cat(parts).float(), torch.stack(grids)
 
 
-def answer_batch(puma, corpus, rng, size, animated=0):
+def answer_batch(puma, corpus, rng, size):
     """`size` questions with their answers appended, for next-token prediction.
 
     Returns (batch, positions (rows, columns) of the M predicting states, labels (M, vocabulary),
     each row a distribution). Answers and summaries differ in length, hence a batch of each.
     """
     end = puma.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    pairs = [corpus.sample_answer(rng, animated) for _ in range(size)]
+    pairs = [corpus.sample_answer(rng) for _ in range(size)]
     answers = [[*ids, end] for ids in puma.tokenize([name for _, name in pairs])]
     batch = puma.collate([item for item, _ in pairs], [[*puma.after_ids, *ids] for ids in answers])
     length = batch["input_ids"].shape[1]
@@ -264,9 +263,9 @@ def answer_batch(puma, corpus, rng, size, animated=0):
     return batch, (rows, columns), labels
 
 
-def summary_batch(puma, corpus, rng, size, instructed, animated=0):
+def summary_batch(puma, corpus, rng, size, instructed):
     """`size` items with the one-word prompt; the label of each is its name's word distribution."""
-    pairs = [corpus.sample_summary(rng, instructed, animated) for _ in range(size)]
+    pairs = [corpus.sample_summary(rng, instructed) for _ in range(size)]
     batch = puma.collate([item for item, _ in pairs])
     labels = torch.zeros(size, VOCABULARY)
     for row, (_, name) in enumerate(pairs):
@@ -350,12 +349,10 @@ def train(corpus, puma, model, args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         rng = random.Random(f"{args.seed}-{step}")
-        animated, instructed = (share if step >= first_step else 0
-                                for first_step, share in (ANIMATED, INSTRUCTED))
-        half = args.batch_size // 2
-        answer = loss_of(model, *answer_batch(puma, corpus, rng, half, animated))
+        instructed, half = INSTRUCTED[1] if step >= INSTRUCTED[0] else 0, args.batch_size // 2
+        answer = loss_of(model, *answer_batch(puma, corpus, rng, half))
         answer.backward()
-        summary = loss_of(model, *summary_batch(puma, corpus, rng, half, instructed, animated))
+        summary = loss_of(model, *summary_batch(puma, corpus, rng, half, instructed))
         summary.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -460,8 +457,8 @@ def export(model, puma, history, args):
         f"    python toy/pretrain.py --steps {args.steps} --batch-size {args.batch_size} "
         f"--lr {args.lr} --seed {args.seed}",
         "",
-        f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside "
-        "it). Final losses, nats, mean of the last 500 steps: "
+        f"in {history[-1]['seconds'] / 60:.0f} minutes on one CPU core (other work ran beside it). "
+        "Final losses, nats, mean of the last 500 steps: "
         f"answers {sum(h['answer'] for h in history[-10:]) / 10:.3f}, "
         f"one-word summaries {sum(h['summary'] for h in history[-10:]) / 10:.3f}.",
         "",
