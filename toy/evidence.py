@@ -1,7 +1,7 @@
 """What a batch is made of decides what a loss can teach: the trials behind the README's claims.
 
     python toy/evidence.py             # everything; hours on two cores, goes on where it stopped
-    python toy/evidence.py grid        # one part: grid, finals, depth
+    python toy/evidence.py grid        # one part: grid, finals, depth, distil
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
@@ -9,7 +9,8 @@ length) follows tau outward from 0.05 until it gets worse, for each loss, for ba
 and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality may
 show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another dataset,
 as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on the test
-queries, `depth` asks whether half the layers catch up with training. A run leaves one JSON file in
+queries, `depth` asks whether half the layers catch up with training, `distil` whether stage 1
+brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
 `runs/evidence`; a run whose file is there is not done again.
 """
 
@@ -37,12 +38,13 @@ import torch  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import Benchmark  # noqa: E402
+from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
 from support.pictures import plt  # noqa: E402
 from support.report import modality_confusion, score  # noqa: E402
 from support.run import Run  # noqa: E402
-from toy.glyph_beir import build  # noqa: E402
+from toy.glyph_beir import build, direction, premise  # noqa: E402
 
 # What the tables compare is written out, so that new defaults of train.py do not change them.
 BASE = Config(stage1_steps=0, stage2_steps=240, lr=3e-3, temperature=0.05, decay=0.5, workers=0,
@@ -71,6 +73,8 @@ LOSSES = {  # name -> settings
     "MAC-Loss, inverted": {"schedule_of": "inverted"},  # the other modalities get the lower tau
 }
 DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
+LABELS, TEACHING = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
+TEACHERS = {"no teacher": 0.0, "0.9 InfoNCE + 0.1 distillation": 0.1, "distillation alone": 1.0}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -96,35 +100,65 @@ def run_one(settings, seed, folder):
     schedule = SCHEDULES.get(settings.pop("schedule_of", None), train.hard_temperature)
     config = replace(BASE, seed=seed, **settings)
     torch.manual_seed(seed)
+    benchmark = Benchmark(config.data)  # the same instructions for every seed
     student = train.load_student(config, device)
-    dataset = train.train_set(Benchmark(config.data, seed), config, 2)
+    teacher = train.load_teacher(config, student, device)
+    sets = {stage: train.train_set(Benchmark(config.data, seed), config, stage)
+            for stage in (1, 2)}
+    result = {"id": path.name.rpartition(" seed=")[0], "seed": seed}
+    if split == "test":  # the premise before and after
+        result["premise before"] = premise(student, config.data, config.tasks_per_batch)
     run = Run(work := folder / f"work-{os.getpid()}")
-    train.remember_images(student, [dataset], config)
+    train.remember_images(student, sets.values(), config)
     usual, train.hard_temperature = train.hard_temperature, schedule
     try:
-        train.train_stage(2, student, None, dataset, config, run)
+        for stage, dataset in sets.items():
+            if not len(dataset):
+                continue
+            if stage == 1:
+                result["apart before"] = apart(student, benchmark, device)
+            train.train_stage(stage, student, teacher if stage == 1 else None, dataset, config, run)
+            if stage == 1:
+                result["apart after"] = apart(student, benchmark, device)
     finally:
         train.hard_temperature = usual
     student.remembered = {}
-    benchmark = Benchmark(config.data)  # the same instructions for every seed
-    cells = [cell for cell in evaluate.split_cells(benchmark, split, limit=200)
-             if not cell.name.startswith("zero_")]
-    embedded = evaluate.Embedded(benchmark, cells, split, lambda items: student.encode(items))
-    rankings = embedded.rank(cells)
-    confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[
-        embedded.row(key)])
-    quality = score(cells, rankings)
-    result = {"id": path.name.rpartition(" seed=")[0], "seed": seed,
-              "seconds": round(time.time() - started),
-              **{pool: quality["average"][pool]["hit_rate@5"] for pool in ("local", "global")},
-              "wrong modality": statistics.mean(c["wrong modality"] for c in confusion.values()),
-              "cells": {name: [entry[pool]["hit_rate@5"] for pool in ("local", "global")]
-                        for name, entry in quality["cells"].items()}}
+    if split == "test":
+        result["premise after"] = premise(student, config.data, config.tasks_per_batch)
+        if benchmark.root.joinpath("query/train/mbeir_motion_train.jsonl").exists():
+            result["direction"] = [direction(student, config.data, shuffled=mixed)
+                                   for mixed in (False, True)]
+    result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
     shutil.rmtree(work)
     write_json(path, result)
     print(f"{result['seconds']} s: {result['local']:.1%} {result['global']:.1%} {path.stem}",
           flush=True)
     return result
+
+
+def scores(model, benchmark, split):
+    """Hit rate @5 on 200 queries of each task, and whether the modality was right."""
+    cells = [cell for cell in evaluate.split_cells(benchmark, split, limit=200)
+             if not cell.name.startswith("zero_")]
+    embedded = evaluate.Embedded(benchmark, cells, split, lambda items: model.encode(items))
+    rankings = embedded.rank(cells)
+    confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[
+        embedded.row(key)])
+    quality = score(cells, rankings)
+    return {**{pool: quality["average"][pool]["hit_rate@5"] for pool in ("local", "global")},
+            "wrong modality": statistics.mean(c["wrong modality"] for c in confusion.values()),
+            "cells": {name: [entry[pool]["hit_rate@5"] for pool in ("local", "global")]
+                      for name, entry in quality["cells"].items()}}
+
+
+def apart(student, benchmark, device):
+    """How far student and unpruned MLLM are apart on queries that training does not see: mean
+    squared distance of their states, which is what distillation lowers, and mean cosine."""
+    items = [item for cell in benchmark.cells("val", 24) for item in cell.items]
+    teacher = PUMA.from_pretrained(BASE.model, device=device).eval()
+    own, other = (model.encode(items, normalize=False) for model in (student, teacher))
+    return {"distance": (own - other).square().mean().item(),
+            "cosine": torch.cosine_similarity(own, other, dim=1).mean().item()}
 
 
 def settings_of(world, loss, mix, tau, **more):
@@ -212,6 +246,17 @@ def depth(folder, workers, seeds=3):
                   for seed in range(seeds) for steps in LENGTHS for keep in DEPTHS], workers)
 
 
+def distil_settings(labels, steps, weight):
+    return {"loss": "infonce", "tasks_per_batch": ALL, "labels": labels, "stage1_steps": steps,
+            "distill_weight": weight}
+
+
+def distil(folder, workers, seeds=3):
+    side_by_side([(run_one, distil_settings(labels, steps, weight), seed, folder)
+                  for seed in range(seeds) for labels in LABELS for steps in TEACHING
+                  for weight in TEACHERS.values()], workers)
+
+
 # ---- tables and pictures -------------------------------------------------------------------------
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, 1 to 9 degrees
@@ -226,11 +271,14 @@ def paired(values, reference):
     return len(differences), statistics.mean(differences), T95[len(differences) - 2] * spread
 
 
+def results_of(folder, settings):
+    return [json.loads(path.read_text()) for path in folder.glob("*.json")
+            if path.name.rpartition(" seed=")[0] == run_id(settings)]
+
+
 def values_of(folder, settings, column):
     """{seed: percent} of a line's runs that are there."""
-    found = [json.loads(path.read_text()) for path in folder.glob("*.json")
-             if path.name.rpartition(" seed=")[0] == run_id(settings)]
-    return {result["seed"]: 100 * result[column] for result in found}
+    return {run["seed"]: 100 * run[column] for run in results_of(folder, settings)}
 
 
 def grid_table(folder, world):
@@ -284,6 +332,27 @@ def depth_table(folder):
                  for pair in pairs]
         rows.append(f"| {keep} | " + " | ".join(cells) + " |")
     return "\n".join(rows) if any(cell for cell in cells) else ""
+
+
+def distil_table(folder):
+    """Markdown: local hit rate by labels and steps of stage 1; distance to the teacher."""
+    rows = ["| labels | stage 1 | " + " | ".join(f"{name} | distance, before to after"
+                                                for name in TEACHERS) + " |",
+            "|---|---|" + "---|---|" * len(TEACHERS)]
+    for labels, share in LABELS.items():
+        for steps in TEACHING:
+            cells = []
+            for weight in TEACHERS.values():
+                found = results_of(folder, distil_settings(labels, steps, weight))
+                if not found:
+                    break
+                means = [statistics.mean(value(run) for run in found) for value in (
+                    lambda run: 100 * run["local"], lambda run: run["apart before"]["distance"],
+                    lambda run: run["apart after"]["distance"])]
+                cells += [f"{means[0]:.1f}", f"{means[1]:.2f} to {means[2]:.2f}"]
+            if len(cells) == 2 * len(TEACHERS):
+                rows.append(f"| {share} | {steps} steps | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
 
 
 def draw(path, folder):
@@ -341,12 +410,17 @@ def write_report(folder, docs):
     if table := depth_table(folder):
         text.append(f"## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds.\n\n"
                     f"{table}")
+    if table := distil_table(folder):
+        text.append("## Distillation\n\nValidation queries, local pools, mean of the seeds: stage "
+                    f"1 as given, then {BASE.stage2_steps} steps of InfoNCE, all tasks. Distance: "
+                    "mean squared difference to the unpruned MLLM's states, of queries that "
+                    f"training does not see, before and after stage 1.\n\n{table}")
     write_text(docs / "evidence.md", "\n\n".join(text) + "\n\n![Local against global](evidence.png)"
                "\n")
     draw(docs / "evidence.png", folder)
 
 
-PARTS = {"grid": grid, "finals": finals, "depth": depth}
+PARTS = {"grid": grid, "finals": finals, "depth": depth, "distil": distil}
 
 
 def main():
