@@ -22,20 +22,21 @@ def _save(figure, path, dpi=90):
 
 def draw_curves(path, rows):
     """Losses and hard temperature over the steps of both stages; rows as in metrics.jsonl."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    for key, label, colour in (("contrastive", "contrastive (nats)", "tab:blue"),
-                               ("distill", "distillation (squared distance)", "tab:orange")):
-        points = [(step, row[key]) for step, row in enumerate(rows, 1) if row[key] is not None]
-        if points:
-            left.plot(*zip(*points), color=colour, label=label, linewidth=1)
-    right.plot(range(1, len(rows) + 1), [row["hard_temperature"] for row in rows], color="tab:red",
-               label="hard temperature")
+    labels = {"contrastive": "contrastive loss (nats)", "hard_temperature": "hard temperature",
+              "distill": "distillation (squared distance)"}
+    panels = {key: points for key in labels if (points := [
+        (step, row[key]) for step, row in enumerate(rows, 1) if row[key] is not None])}
     first = sum(row["stage"] == 1 for row in rows)
-    for axis, label in ((left, "loss"), (right, "temperature")):
-        if 0 < first < len(rows):
-            axis.axvline(first + 0.5, color="0.6", linestyle=":", label="stage 2 begins")
-        axis.set(xlabel="step", ylabel=label, ylim=(0, None))
-        axis.legend()
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.6))
+    for axis, (key, points) in zip(axes, panels.items()):
+        axis.plot(*zip(*points), color="black", linewidth=1)
+        axis.set(xlabel="step", ylabel=labels[key], ylim=(0, None))
+        if key == "distill":
+            axis.set_title("stage 1", fontsize="medium")
+        elif 0 < first < len(rows):  # the stages' names stand above the axis, clear of the lines
+            axis.axvline(first + 0.5, color="0.6", linestyle=":")
+            axis.text(first, 1.02, "stage 1 | ", ha="right", transform=axis.get_xaxis_transform())
+            axis.text(first, 1.02, "stage 2", ha="left", transform=axis.get_xaxis_transform())
     _save(figure, path)
 
 

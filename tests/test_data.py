@@ -639,7 +639,7 @@ def test_a_batch_is_the_same_alone_in_sequence_and_for_a_new_object_with_the_see
 @pytest.mark.parametrize("batch_size, count, parts", [
     (9, 3, [3, 3, 3]), (10, 3, [4, 3, 3]), (8, 1, [8]), (6, 2, [3, 3]), (8, 9, [2, 2, 2, 2]),
 ])
-def test_a_batch_mixes_groups_in_equal_parts(training, batch_size, count, parts):
+def test_row_21_a_batch_mixes_groups_in_equal_parts(training, batch_size, count, parts):
     batches = TrainSet(Benchmark(training), batch_size, steps=40, tasks_per_batch=count, seed=1)
     seen = Counter()
     for batch in batches:

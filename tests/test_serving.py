@@ -1,4 +1,4 @@
-"""The README's section on serving: its very code, run on a saved toy model."""
+"""docs/serving.md: its very code, run on a saved toy model."""
 
 import re
 
@@ -9,9 +9,8 @@ from PIL import Image
 
 from puma import PUMA
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECTION = README.partition("\n## Serving\n")[2].partition("\n## ")[0]
-BLOCKS = re.findall(r"```python\n(.*?)```", SECTION, re.S)
+PAGE = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 QUERY = "Find a picture of this character.\nlatin small letter a"
 
 
@@ -49,7 +48,7 @@ def test_the_stock_classes_need_no_file_of_ours():
     {"image": True},
     {"image": True, "text": "Find the changed character.\nmake it capital."},
 ])
-def test_the_readmes_ten_lines_give_the_embedding_of_encode(served, item):
+def test_the_pages_lines_give_the_embedding_of_encode(served, item):
     names, puma, image = served
     item = {key: image if value is True else value for key, value in item.items()}
     expected = puma.encode([item], show_progress=False)[0]

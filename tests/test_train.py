@@ -55,7 +55,7 @@ def assert_equal_gradients(found, expected):
 
 # ---- settings ------------------------------------------------------------------------------------
 
-def test_a_preset_changes_defaults_and_any_field_overrides_it():
+def test_row_20_a_preset_has_the_scripts_values_and_any_field_overrides_it():
     chosen = settings.parse(["--preset", "paper-7b", "--keep-layers", "8"])
     assert chosen.model == "Qwen/Qwen2-VL-7B-Instruct" and chosen.keep_layers == 8
     paper = {"batch_size": 600, "stage1_batch_size": 288, "lr": 3e-4, "stage1_lr": 2e-4,

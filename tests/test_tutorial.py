@@ -72,7 +72,7 @@ def test_on_a_hosted_machine_the_readmes_cell_makes_the_first_ones_run(tmp_path)
     (command,) = re.findall(r"`!(git clone [^`]+)`", readme)
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(
-        ".*", "data", "runs", "results", "__pycache__", "docs"))
+        ".*", "data", "runs", "results", "__pycache__"))
     git = ["git", "-C", source, "-c", "user.name=test", "-c", "user.email=test@localhost"]
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all files"]):
         subprocess.run([*git, *arguments], check=True)

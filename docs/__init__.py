@@ -1,0 +1,1 @@
+"""The pictures of README and notebook, and the scripts that draw them."""
