@@ -361,7 +361,8 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written when its folder is absent; other processes wait."""
+    """Have the default benchmark written when its folder is absent; other processes wait.
+    ValueError if an older version of this repository has written it."""
     if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
@@ -369,6 +370,8 @@ def ensure_data(folder):
         with contextlib.suppress(FileExistsError):  # another process was faster
             print(build(folder))
     distributed.gather_objects(None)
+    if str(folder) == DEFAULT_DATA and not [*Path(folder).glob("query/train/mbeir_motion*")]:
+        raise ValueError(f"{folder} is of an older version: delete it, and it is written anew")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def image_size(image):
 
 
 def is_animated(path):
-    """Whether a file is an animated GIF, WebP or PNG; its header alone is read."""
+    """Whether a file is an animated GIF, WebP or PNG; at most two frames are read."""
     # Pages of a TIFF, and what a camera adds to a JPEG, are no frames; a broken file is "an image".
     with contextlib.suppress(UNREADABLE), open_image(path) as file:
         return file.format in ("GIF", "PNG", "WEBP") and file.is_animated

@@ -6,7 +6,9 @@ import statistics
 from dataclasses import replace
 
 import pytest
+import torch
 
+from mac_loss import mac_loss
 from support.files import write_json
 from toy import evidence
 
@@ -31,7 +33,7 @@ def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
                 for tau in evidence.TAUS:
                     one = evidence.settings_of(world, loss, mix, tau)
                     names.add(evidence.run_id(one))
-                    own = {k: v for k, v in one.items() if k != "schedule_of"}
+                    own = {k: v for k, v in one.items() if k != "variant"}
                     replace(evidence.BASE, **own).check()
     assert len(names) == 2 * len(evidence.LOSSES) * len(evidence.MIXES) * len(evidence.TAUS)
     assert not any("/" in name for name in names)  # they name files
@@ -40,7 +42,7 @@ def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
 @pytest.mark.parametrize("quality, tried", [
     ({0.03: 1, 0.05: 2, 0.08: 1}, [0.03, 0.05, 0.08]),
     ({0.03: 1, 0.05: 2, 0.08: 3, 0.12: 2}, [0.03, 0.05, 0.08, 0.12]),
-    ({0.02: 4, 0.03: 3, 0.05: 2, 0.08: 1}, [0.02, 0.03, 0.05, 0.08]),
+    ({0.01: 3, 0.02: 4, 0.03: 3, 0.05: 2, 0.08: 1}, [0.01, 0.02, 0.03, 0.05, 0.08]),
 ])
 def test_tau_is_followed_in_both_directions_until_it_gets_worse(quality, tried, monkeypatch,
                                                                 tmp_path):
@@ -55,11 +57,13 @@ def test_tau_is_followed_in_both_directions_until_it_gets_worse(quality, tried, 
     assert sorted(runs) == tried
 
 
-def test_the_schedules_of_the_trials_are_the_papers_turned_round():
+def test_the_variants_of_the_trials_are_the_papers_turned_round():
     assert evidence.risen(0.05, 0.0, 0.5) == pytest.approx(0.05 * math.exp(-0.5))
     assert evidence.risen(0.05, 0.5, 0.5) == evidence.risen(0.05, 1.0, 0.5) == 0.05
-    assert evidence.inverted(0.05, 0.0, 0.5) == 0.05
-    assert evidence.inverted(0.05, 1.0, 0.5) == pytest.approx(0.05 * math.exp(0.5))
+    query, target, modality = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 0, 1])
+    swapped, usual = (loss(query, target, modality=modality, temperature=a, tau_hard=b)
+                      for loss, a, b in ((evidence.swapped, 0.2, 0.1), (mac_loss, 0.1, 0.2)))
+    assert swapped == usual
 
 
 def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp_path):
@@ -71,7 +75,7 @@ def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp
         "InfoNCE": settings(tau=0.05, stage2_steps=480, split="test"),
         "InfoNCE, best local": settings(tau=0.03, stage2_steps=480, split="test")}
     assert evidence.final_lines(tmp_path, OTHER) == {}
-    assert "| InfoNCE | 2 tasks a batch |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |" in (
+    assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (
         evidence.grid_table(tmp_path, WORLD))
 
 
@@ -89,6 +93,11 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
     for seed, (one, other) in enumerate([(0.80, 0.83), (0.70, 0.74)]):
         for loss, value in (("InfoNCE", one), ("MAC-Loss", other)):
             put(tmp_path, value, 0.5, seed, loss=loss, stage2_steps=480, split="test")
+            path = next(path for path in tmp_path.glob(f"*split=test*seed={seed}.json")
+                        if ("infonce" in path.name) == (loss == "InfoNCE"))
+            premise = {f"premise {when}": {"cosine to the positive": value}
+                       for when in ("before", "after")}
+            write_json(path, json.loads(path.read_text()) | premise)
     (docs := tmp_path / "docs").mkdir()
     evidence.write_report(tmp_path, docs)
     text = (docs / "evidence.md").read_text(encoding="utf-8")

@@ -464,8 +464,8 @@ def test_a_second_build_writes_the_same_files_and_prints_one_line_of_counts(glyp
     printed = write_without_pictures(tmp_path / "again")
     for name in [*JSONL_FILES, *QRELS.values(), PROMPTS]:
         assert (glyph_beir / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 48,928 training queries, "
-              "38,238 training and 12,647 test candidates, 4,190 clips")
+    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 48,832 training queries, "
+              "38,142 training and 12,559 test candidates, 4,070 clips")
     assert printed == f"{tmp_path / 'again'}: {counts}\n"
 
 

@@ -5,8 +5,8 @@
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
-length) follows tau outward from 0.05 until it gets worse, for each loss, for batches of two tasks
-and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality may
+length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
+tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality may
 show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another dataset,
 as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on the test
 queries, `depth` asks whether half the layers catch up with training, `distil` whether stage 1
@@ -38,6 +38,7 @@ import torch  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from data import Benchmark  # noqa: E402
+from mac_loss import mac_loss  # noqa: E402
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
@@ -47,10 +48,11 @@ from support.run import Run  # noqa: E402
 from toy.glyph_beir import build, direction, premise  # noqa: E402
 
 # What the tables compare is written out, so that new defaults of train.py do not change them.
-BASE = Config(stage1_steps=0, stage2_steps=240, lr=3e-3, temperature=0.05, decay=0.5, workers=0,
-              eval=False)
+BASE = Config(model="toy/tiny-qwen2-vl", keep_layers=4, stage1_steps=0, stage2_steps=240,
+              batch_size=128, lr=3e-3, warmup=0.03, stage1_temperature=0.05, temperature=0.05,
+              decay=0.5, distill_scale=1.0, workers=0, eval=False)
 WORLDS = {"one dataset": "data/glyph_beir", "four domains": "data/domains"}
-TAUS, START = (0.02, 0.03, 0.05, 0.08, 0.12), 2
+TAUS, START = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2), 3
 ALL = 100  # tasks a batch: more than there are
 MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
 
@@ -59,18 +61,18 @@ def risen(tau, progress, decay):
     return tau * math.exp(-decay * (1 - min(1, 2 * progress)))
 
 
-def inverted(tau, progress, decay):
-    return tau * math.exp(decay * min(1, 2 * progress))
+def swapped(query, target, *, temperature, tau_hard, **about):
+    return mac_loss(query, target, temperature=tau_hard, tau_hard=temperature, **about)
 
 
-# What takes the place of `hard_temperature` in training; none of them is in the paper.
-SCHEDULES = {"rising": risen, "inverted": inverted}
+# What takes the place of a function in train.py; none of them is in the paper.
+VARIANTS = {"rising": ("hard_temperature", risen), "inverted": ("mac_loss", swapped)}
 LOSSES = {  # name -> settings
     "InfoNCE": {"loss": "infonce"},
     "MAC-Loss": {},
     "InfoNCE + offset 1": {"loss": "infonce", "intra_offset": 1.0},
-    "MAC-Loss, rising": {"schedule_of": "rising"},  # hard first, then soft: the other way round
-    "MAC-Loss, inverted": {"schedule_of": "inverted"},  # the other modalities get the lower tau
+    "MAC-Loss, rising": {"variant": "rising"},  # hard first, then soft: the other way round
+    "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
 DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
 LABELS, TEACHING = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
@@ -82,7 +84,7 @@ TEACHERS = {"no teacher": 0.0, "0.9 InfoNCE + 0.1 distillation": 0.1, "distillat
 
 def run_id(settings):
     """The settings that differ from BASE, as text: the same run may stand in several tables."""
-    own = {key: value for key, value in settings.items() if key in ("schedule_of", "split")}
+    own = {key: value for key, value in settings.items() if key in ("variant", "split")}
     base = asdict(BASE)
     config = asdict(replace(BASE, **{k: v for k, v in settings.items() if k not in own}))
     changed = {key: value for key, value in config.items() if value != base[key]} | own
@@ -97,7 +99,7 @@ def run_one(settings, seed, folder):
     torch.set_num_threads(1)
     settings, started, device = dict(settings), time.time(), torch.device("cpu")
     split = settings.pop("split", "val")
-    schedule = SCHEDULES.get(settings.pop("schedule_of", None), train.hard_temperature)
+    name, function = VARIANTS.get(settings.pop("variant", None), ("mac_loss", mac_loss))
     config = replace(BASE, seed=seed, **settings)
     torch.manual_seed(seed)
     benchmark = Benchmark(config.data)  # the same instructions for every seed
@@ -110,7 +112,8 @@ def run_one(settings, seed, folder):
         result["premise before"] = premise(student, config.data, config.tasks_per_batch)
     run = Run(work := folder / f"work-{os.getpid()}")
     train.remember_images(student, sets.values(), config)
-    usual, train.hard_temperature = train.hard_temperature, schedule
+    usual = getattr(train, name)
+    setattr(train, name, function)
     try:
         for stage, dataset in sets.items():
             if not len(dataset):
@@ -121,7 +124,7 @@ def run_one(settings, seed, folder):
             if stage == 1:
                 result["apart after"] = apart(student, benchmark, device)
     finally:
-        train.hard_temperature = usual
+        setattr(train, name, usual)
     student.remembered = {}
     if split == "test":
         result["premise after"] = premise(student, config.data, config.tasks_per_batch)
@@ -170,20 +173,27 @@ def mean_of_pools(result):
     return (result["local"] + result["global"]) / 2
 
 
+def local_alone(result):
+    return result["local"]
+
+
+CRITERIA = {"": mean_of_pools, ", best local": local_alone}  # how a loss's best run is chosen
+
+
 def follow_tau(world, loss, mix, folder):
-    """Outward from 0.05 in both directions as long as the mean of both pools gets better."""
-    values = {}
+    """Outward from 0.05 in both directions as long as it gets better, by each criterion."""
+    runs = {}
 
-    def value(place):
-        if place not in values:
-            found = run_one(settings_of(world, loss, mix, TAUS[place]), 0, folder)
-            values[place] = mean_of_pools(found)
-        return values[place]
+    def run(place):
+        if place not in runs:
+            runs[place] = run_one(settings_of(world, loss, mix, TAUS[place]), 0, folder)
+        return runs[place]
 
-    for step in (1, -1):
-        place = START
-        while 0 <= place + step < len(TAUS) and value(place + step) > value(place):
-            place += step
+    for value in CRITERIA.values():
+        for step in (1, -1):
+            place = START
+            while 0 <= place + step < len(TAUS) and value(run(place + step)) > value(run(place)):
+                place += step
 
 
 def side_by_side(jobs, workers):
@@ -218,7 +228,7 @@ def best(folder, world, loss, value):
 def final_lines(folder, world):
     """{line of the table: settings}: each loss at its best, by both pools and by local alone."""
     lines = {}
-    for why, value in (("", mean_of_pools), (", best local", lambda result: result["local"])):
+    for why, value in CRITERIA.items():
         for loss in LOSSES:
             if choice := best(folder, world, loss, value):
                 lines[loss + why] = settings_of(world, loss, *choice, stage2_steps=480,
@@ -236,7 +246,10 @@ def finals(folder, workers, seeds=5):
 
 
 def depth_settings(folder, keep, steps):
-    mix, tau = best(folder, "one dataset", "InfoNCE", mean_of_pools)
+    choice = best(folder, "one dataset", "InfoNCE", mean_of_pools)
+    if choice is None:
+        raise ValueError(f"{folder}: expected results; run `python toy/evidence.py grid` first")
+    mix, tau = choice
     return settings_of("one dataset", "InfoNCE", mix, tau, keep_layers=keep, stage2_steps=steps,
                        split="test")
 
@@ -300,12 +313,13 @@ def grid_table(folder, world):
 
 def finals_table(folder, world):
     """Markdown: each line's mean, its difference to InfoNCE's, paired by seed, and its setting."""
-    columns, lines, first = ("local", "global", "wrong modality"), final_lines(folder, world), None
+    columns, lines = ("local", "global", "wrong modality"), final_lines(folder, world)
     rows = ["| loss | batch, tau | seeds | " + " | ".join(f"{c} | against InfoNCE"
                                                          for c in columns) + " |",
             "|---|---|---|" + "---|---|" * len(columns)]
     for name, settings in lines.items():
-        cells, first, seeds = [], first or settings, 0
+        cells, seeds = [], 0
+        first = lines.get("InfoNCE" + (", best local" if name.endswith("local") else ""), settings)
         for column in columns:
             values = values_of(folder, settings, column)
             if not (seeds := len(values)):
@@ -319,19 +333,42 @@ def finals_table(folder, world):
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
+PREMISE = ("cosine to the positive", "cosine to intra-modality negatives",
+           "cosine to inter-modality negatives", "share of negatives of another modality",
+           "share of hardest negatives of another modality",
+           "share of hardest negatives of another dataset")
+
+
+def premise_table(folder, world):
+    """Markdown: the premise in batches as each final trained on, before and after; direction."""
+    rows = ["| loss | | " + " | ".join(PREMISE) + " | clips told from their reverse, shuffled |",
+            "|---|---|" + "---|" * (len(PREMISE) + 1)]
+    for name, settings in final_lines(folder, world).items():
+        found = results_of(folder, settings)
+        for when in ("before", "after") if found else ():
+            means = [f"{statistics.mean(r[f'premise {when}'].get(line, 0) for r in found):.2f}"
+                     for line in PREMISE]
+            told = [f"{100 * statistics.mean(part):.0f}" for part in zip(
+                *(r["direction"] for r in found if "direction" in r))] if when == "after" else []
+            rows.append(f"| {name} | {when} | " + " | ".join([*means, ", ".join(told)]) + " |")
+    return "\n".join(rows)
+
+
 def depth_table(folder):
     """Markdown: local / global by layers kept and steps."""
     if not best(folder, "one dataset", "InfoNCE", mean_of_pools):
         return ""
     rows = ["| layers | " + " | ".join(f"{steps} steps" for steps in LENGTHS) + " |",
             "|---|" + "---|" * len(LENGTHS)]
+    found = False
     for keep in DEPTHS:
         pairs = [[values_of(folder, depth_settings(folder, keep, steps), pool).values()
                   for pool in ("local", "global")] for steps in LENGTHS]
         cells = [" / ".join(f"{statistics.mean(values):.1f}" for values in pair) if pair[0] else ""
                  for pair in pairs]
+        found |= any(cells)
         rows.append(f"| {keep} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) if any(cell for cell in cells) else ""
+    return "\n".join(rows) if found else ""
 
 
 def distil_table(folder):
@@ -399,14 +436,17 @@ def write_report(folder, docs):
             f"local pools / global pool; {BASE.keep_layers} layers, batches of {BASE.batch_size} "
             "pairs, no stage 1.",
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
-            "outward from 0.05 until the mean of both pools gets worse; bold: the loss's best."]
+            "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
+            "bold: the loss's best by the mean."]
     text += [f"### {world}\n\n{grid_table(folder, world)}" for world in WORLDS]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
         text.append("## Finals\n\nTest queries, 480 steps, each loss at its best setting of the "
-                    "grid; differences are paired by seed, ± half of the 95 % interval. Wrong "
-                    "modality: share of first places on the global pool.")
-        text += [f"### {world}\n\n{tables[world]}" for world in WORLDS if tables[world]]
+                    "grid (of 240 steps), by both pools or by local ones alone; differences are "
+                    "paired by seed, ± half of the 95 % interval. Wrong modality: share of first "
+                    "places on the global pool.")
+        text += [f"### {world}\n\n{tables[world]}\n\n{premise_table(folder, world)}"
+                 for world in WORLDS if tables[world]]
     if table := depth_table(folder):
         text.append(f"## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds.\n\n"
                     f"{table}")
@@ -442,12 +482,15 @@ def run(args):
     args.work = args.work.absolute()
     os.chdir(ROOT)  # the paths in Config are relative to the repository
     weights = Path(BASE.model, "model.safetensors").read_bytes()
-    args.work /= hashlib.sha256(weights).hexdigest()[:8]  # another MLLM has other results
+    args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
+    evaluate.ensure_data(BASE.data)
+    if not Path(WORLDS["four domains"]).exists():
+        print(build(WORLDS["four domains"], domains=True), flush=True)
+    for world in WORLDS.values():  # another MLLM or another world has other results
+        weights += Path(world, "query/union_train/mbeir_union_up_train.jsonl").read_bytes()
+    args.work /= hashlib.sha256(weights).hexdigest()[:8]
     if not args.report:
-        args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
-        evaluate.ensure_data(BASE.data)
-        if not Path(WORLDS["four domains"]).exists():
-            print(build(WORLDS["four domains"], domains=True), flush=True)
+        args.work.mkdir(exist_ok=True)
         for part in args.parts or PARTS:
             PARTS[part](args.work, args.workers)
             write_report(args.work, ROOT / "docs")

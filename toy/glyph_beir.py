@@ -384,8 +384,10 @@ def image_path(char, face):
 def ignore_interrupts():
     """Ctrl-C reaches the workers, too: only the first process speaks, and it ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def centred(image):
-    """An `L` image whose ink stands in the middle, about which it will turn and grow."""
+    """An `L` image whose ink stands in the middle."""
     box = ImageChops.invert(image).getbbox() or (0, 0, 1, 1)
     ink, image = image.crop(box), Image.new("L", image.size, 255)
     image.paste(ink, ((IMAGE_SIZE - ink.width) // 2, (IMAGE_SIZE - ink.height) // 2))
@@ -423,9 +425,10 @@ def draw_clip(char, face, motion):
 def animate(image, motion, rng):
     """A still moves: 4, 6 or 8 frames, `L` images of 56 x 56 pixels with five greys.
 
-    It comes to rest as it was: slid in, turned upright, grown or faded in. So the last pair of
-    frames, which Qwen2-VL takes together, shows what moves, and the others how. (They differ a
-    little, as animation files drop equal frames.) `rng` draws the number of frames and the track.
+    It comes to rest as it was: slid in, turned upright, grown or faded in; or, the same frames in
+    reverse, it leaves from there. So the last or first pair of frames, which Qwen2-VL takes
+    together, shows what moves, and the others how. (The two differ a little, as animation files
+    drop equal frames.) `rng` draws the number of frames and the track.
     """
     pair = next(pair for pair in MOTIONS if motion in pair)
     count, aside, frames = rng.choice((4, 6, 8)), rng.uniform(-4, 4), []
@@ -771,7 +774,6 @@ def direction(model, data, split="test", shuffled=False):
 
 def print_premise(name, data, keep_layers):
     """The table of `premise`, for batches of two tasks, as train.py's, and of all."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from puma import PUMA
 
     model = PUMA.from_pretrained(name, keep_layers)

@@ -476,7 +476,7 @@ def main():
     parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
     parser.add_argument("--out", default="runs/tiny-qwen2-vl", help="the finished model's folder")
     parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=10_000, help="about 0.35 s each on two cores")
+    parser.add_argument("--steps", type=int, default=10_000, help="0.4 to 0.6 s each on one core")
     parser.add_argument("--batch-size", type=int, default=80, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
