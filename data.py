@@ -208,8 +208,9 @@ class TrainSet(torch.utils.data.Dataset):
                    f"expected {did_text(positives[row])} in {self.pool.tables[0].path}")
         targets, groups = self.pool.modality[found].tolist(), defaultdict(list)
         rows = rng.sample(range(len(qids)), len(qids))
-        # An up-sampled file repeats queries: `labels` counts ids, not lines.
-        used = set(list(dict.fromkeys(qids[row] for row in rows))[: labels or None])
+        # `labels` counts ids, as an up-sampled file repeats lines; both stages get the same ones.
+        ids = list(dict.fromkeys(qids.tolist()))
+        used = set(random.Random(self.benchmark.seed).sample(ids, len(ids))[: labels or None])
         for row in rows:
             if qids[row] in used:
                 groups[qids[row] >> 40, classes[row], targets[row]].append(row)
@@ -251,7 +252,6 @@ class TrainSet(torch.utils.data.Dataset):
             "modality": torch.tensor(classes),
             "target_keys": torch.tensor([int(self.pool.keys[i]) for i in picked]),
             "positive_keys": positives,
-
             "about": f"{'; '.join(sorted(tasks))}; {' '.join(row['qid'] for row in rows)}",
         }
 

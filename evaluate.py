@@ -122,8 +122,10 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     """-> encode(items) -> (N, M, D) embeddings of M models, kept in the folder of the last one,
     whose path or hub id is `name`. The models share the last one's vision tower."""
     last, width = models[-1], models[-1].ret_embedding.numel()
-    dtypes = [str(model.ret_embedding.dtype) for model in models]
-    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), dtypes
+    with autocast(last.device):  # a cache may be shared with a machine without bfloat16
+        fast = torch.is_autocast_enabled(last.device.type)
+    precision = [str(model.backbone.dtype) for model in models], fast
+    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), *precision
 
     def states(batch):
         with autocast(last.device):
@@ -211,7 +213,8 @@ def show(model, args, out):
             task = modality_class(kinds), modality_class(args.modality)
             prompts = [texts[0] for key, texts in benchmark.prompts.items() if key[:2] == task]
             query["instruction"] = next(iter(prompts), None)
-    vector = model.encode(query)[None]  # first, as a bad query should fail at once
+    with autocast(model.device):  # as the candidates
+        vector = model.encode(query)[None]  # first, as a bad query should fail at once
     encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
     vectors = encode(items)[:, 0]
     if distributed.rank():

@@ -54,7 +54,7 @@ class PUMA(nn.Module):
         self.remembered = {}  # path of an image or video -> visual tokens (V, D), grid (3,)
         self.ret_id = tokenizer.convert_tokens_to_ids(RET)
         table = backbone.get_input_embeddings().weight.requires_grad_(False)
-        self.ret_embedding = nn.Parameter(table[self.ret_id].detach().clone())  # (D,)
+        self.ret_embedding = nn.Parameter(table[self.ret_id].detach().float().clone())  # (D,)
         backbone.visual.requires_grad_(False)
 
         # The chat template is rendered once: what stands before and after an item never changes.

@@ -43,7 +43,7 @@ def slider(figure, draw, count):
     html = re.sub(r"<link[^>]*>", "", html)
     html = re.sub(r'<i class="fa fa-([a-z -]+)"></i>', lambda found: icons[found[1]], html)
     html = re.sub(r"(?<=base64,)[^\"]+", _small, html)
-    assert "http" not in html and len(html) < 500_000
+    assert "://" not in html and len(html) < 500_000
     return HTML(html)
 
 

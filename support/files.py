@@ -42,7 +42,6 @@ def refuse(path, number, text):
     raise ValueError(f"{path}:{number}: {text}" if number else f"{path}: {text}")
 
 
-
 def parse_lines(path, parse, expected, on_error=refuse, header=0):
     """Yield (line number, byte offset, parse(line)) of lines that are not blank, after `header`.
 

@@ -244,8 +244,8 @@ def count_flops(function, *args):
 
 
 def autocast(device):
-    """Matrix products in bfloat16 (weights stay float32) where the hardware has them: on GPUs, and
-    on CPUs with AVX-512 BF16 or AMX, where a product takes a quarter of the time."""
+    """Matrix products in bfloat16 (weights stay float32): on GPUs, and on CPUs that have them in
+    hardware (AVX-512 BF16), where a product takes a quarter of the time."""
     hardware = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=hardware)
 

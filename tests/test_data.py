@@ -680,8 +680,11 @@ def test_labels_n_uses_exactly_n_queries_however_often_they_come(training, label
     write(training / UNION, (training / UNION).read_text().splitlines() * copies)
 
     def used(seed):
-        batches = TrainSet(Benchmark(training), 9, steps=60, seed=seed, labels=labels)
-        return {qid for batch in batches for qid in ids(batch)}
+        found = [{qid for batch in TrainSet(Benchmark(training, seed), 9, steps=60, seed=stage,
+                                            labels=labels) for qid in ids(batch)}
+                 for stage in range(2)]
+        assert found[0] == found[1]  # both stages of a run see the same labels
+        return found[0]
 
     assert len(used(0)) == min(labels, sum(SIZES.values()))
     assert used(0) != used(1) or labels > 72

@@ -368,6 +368,22 @@ def uninterrupted(glyph_beir, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("hardware", [False, True])
+def test_steps_use_bfloat16_products_where_the_processor_has_them(
+        hardware, glyph_beir, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    forward, seen = PUMA.forward, set()
+
+    def spy(model, *arguments):
+        if model.training:
+            seen.add(torch.is_autocast_enabled("cpu"))
+        return forward(model, *arguments)
+
+    monkeypatch.setattr(PUMA, "forward", spy)
+    run_main(monkeypatch, *arguments(glyph_beir, tmp_path / "run", stage1_steps=0, stage2_steps=1))
+    assert seen == {hardware}
+
+
 def test_a_run_folder_holds_what_it_promises(uninterrupted):
     rows = metrics(uninterrupted)
     assert [(r["stage"], r["step"]) for r in rows] == [
