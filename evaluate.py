@@ -124,8 +124,8 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     last, width = models[-1], models[-1].ret_embedding.numel()
     with autocast(last.device):  # a cache may be shared with a machine without bfloat16
         fast = torch.is_autocast_enabled(last.device.type)
-    precision = [str(model.backbone.dtype) for model in models], fast
-    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), *precision
+    settings = (last.max_text_tokens, last.max_frames, dict(last.image_processor.size), fast,
+                [str(model.backbone.dtype) for model in models])
 
     def states(batch):
         with autocast(last.device):
@@ -364,8 +364,7 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written when its folder is absent; other processes wait.
-    ValueError if an older version of this repository has written it."""
+    """Have the default benchmark written if it is absent. ValueError if it is an older version's."""
     if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
