@@ -364,7 +364,7 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written if it is absent. ValueError if it is an older version's."""
+    """Write the default benchmark if it is absent. ValueError if an older version wrote it."""
     if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
