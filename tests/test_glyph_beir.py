@@ -435,11 +435,18 @@ def test_pretraining_reads_training_files_only_and_never_shows_anything_held_out
             assert not chars & world.zero and item["text"] not in zero
             assert frozenset(chars) not in held_out
             checked.add((item["image"], name))
-    rng, corpus = random.Random(0), Corpus(tmp_path)
+    rng, corpus, animated = random.Random(0), Corpus(tmp_path), 0
     for _ in range(3000):  # what training draws consists of the items above
         for item, name in (corpus.sample_answer(rng), corpus.sample_summary(rng, 0.5)):
-            assert (item["image"] or item["video"], name) in checked
+            if isinstance(item["video"], list):  # a picture that is made to move
+                pair = moving({"video_path": None, "txt": name})
+                animated += world.names[pair[0]] in seen and pair not in world.motion_split
+                assert world.motion_split.get(pair, "train") == "train"
+                assert pair[0] not in world.zero
+            else:
+                assert (item["image"] or item["video"], name) in checked
             assert item["text"] not in zero and zero.isdisjoint([item.get("instruction")])
+    assert animated > 300  # also characters that have no clips
     assert not zero & set(corpus.texts())
 
 
