@@ -88,6 +88,18 @@ def words(panels):
         axis.set_title(title, fontsize=14)
 
 
+def word_strip(words_of, shares):
+    """Probable next words after each layer, a small panel a depth; both (L + 1, words)."""
+    _, axes = plt.subplots(1, len(words_of), figsize=(2 * len(words_of), 2.6))
+    for depth, (axis, labels, row) in enumerate(zip(axes, words_of, shares)):
+        axis.barh(range(len(row)), row, color="0.75")
+        for place, label in enumerate(labels):
+            axis.text(0.01, place, label, va="center", fontsize=13)
+        axis.set(xlim=(0, 0.4), yticks=[], xlabel="probability")
+        axis.set_title(f"layer {depth}" if depth else "no layer", fontsize=13)
+        axis.invert_yaxis()
+
+
 def by_depth(rates, cosine):
     """Hit rates {pool: [% by depth]} on the left, cosine to the last state on the right."""
     _, (left, right) = plt.subplots(1, 2)
