@@ -468,7 +468,6 @@ def parent_is_gone():
 
 def write_clips(root, face, clips):
     """Draw the clips of one face, (character, motion) pairs."""
-    Path(root, f"mbeir_images/{CLIP_DATASET}/{face}").mkdir(parents=True)
     for char, motion in clips:
         if parent_is_gone():
             return
@@ -479,7 +478,6 @@ def write_clips(root, face, clips):
 
 def write_images(root, face, chars):
     """Render the characters of one face."""
-    Path(root, f"mbeir_images/{DATASET}/{face}").mkdir(parents=True)
     for char in chars:
         if parent_is_gone():
             return
@@ -680,6 +678,9 @@ def build(out, seed=0, processes=None, domains=False):
         motion = None if domains else Motion(world, seed)
         if motion:
             jobs += [(write_clips, str(root), *job) for job in motion.clips.items()]
+        for job, _, face, _ in jobs:  # not by the workers: after a kill, one would make it anew
+            name = DATASET if job is write_images else CLIP_DATASET
+            Path(root, f"mbeir_images/{name}/{face}").mkdir(parents=True)
         context = multiprocessing.get_context("spawn")
         with context.Pool(processes or os.cpu_count(), ignore_interrupts) as workers:
             images = workers.map_async(do_job, jobs, chunksize=1)
