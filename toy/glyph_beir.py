@@ -678,9 +678,10 @@ def build(out, seed=0, processes=None, domains=False):
         motion = None if domains else Motion(world, seed)
         if motion:
             jobs += [(write_clips, str(root), *job) for job in motion.clips.items()]
-        for job, _, face, _ in jobs:  # not by the workers: after a kill, one would make it anew
-            name = DATASET if job is write_images else CLIP_DATASET
-            Path(root, f"mbeir_images/{name}/{face}").mkdir(parents=True)
+        # Folders are not made by the workers: after a kill, one would make it anew.
+        for name, faces in ((DATASET, wanted), (CLIP_DATASET, motion.clips if motion else ())):
+            for face in faces:
+                Path(root, f"mbeir_images/{name}/{face}").mkdir(parents=True)
         context = multiprocessing.get_context("spawn")
         with context.Pool(processes or os.cpu_count(), ignore_interrupts) as workers:
             images = workers.map_async(do_job, jobs, chunksize=1)
