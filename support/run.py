@@ -251,7 +251,7 @@ def autocast(device):
 
 
 def float32_attention(layer, query, key, value, attention_mask, **options):
-    """PyTorch's own attention, in float32 within bfloat16 autocast, too."""
+    """PyTorch's own attention, in float32 even where autocast asks for bfloat16."""
     # The backward pass of a CPU's fused attention is seven times slower in bfloat16, and would eat
     # up all that the matrix products gain there.
     states = query.float(), key.float(), value.float()
