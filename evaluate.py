@@ -9,8 +9,8 @@
 
 The first scores each cell (dataset and task) on its local pool (its own candidates) and on the
 global pool (all cells' candidates together, so that the modality must be right as well). A search
-looks through the global pool, or a folder of images and .txt files. `--depths` weighs what an
-untrained model knows after k layers against their cost. Embeddings are kept (`support/index.py`).
+looks through the global pool, or a folder of images, videos and .txt files. `--depths` weighs what
+an untrained model knows after k layers against their cost. `support/index.py` keeps embeddings.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from timeit import timeit
 
 import support  # noqa: F401  before torch: it says how threads wait
 import torch
-from torch import nn
 
 from data import Benchmark
 from prune_distill import find_decoder, layer_embeddings, prune_layers
@@ -32,7 +31,7 @@ from support import distributed, report
 from support.files import (check_option, clear_errors, did_text, modality_class, new_folder,
                            printable, warn, write_json, write_text)
 from support.index import embed_to_file, search, stored_path
-from support.items import MODALITIES, Folder
+from support.items import MODALITIES, Folder, load_image, load_video
 from support.pictures import draw_depths, draw_gallery
 from support.run import autocast, count_flops
 
@@ -51,8 +50,7 @@ class Embedded:
         self.pools = {path: benchmark.pool(path) for path in paths}
         self.union = benchmark.pool(*paths)
         for cell, path in [(c, p) for c in cells for p in (c.pool_path, self.global_path) if p]:
-            lost = sum((self.pools[path].find(list(keys)) < 0).all() for keys in cell.relevant)
-            if lost:
+            if lost := sum((self.pools[path].find(list(x)) < 0).all() for x in cell.relevant):
                 warn(path, 0, f"it has no right candidate for {lost:,} of {len(cell.items):,} "
                      f"queries of {cell.name}, which count as misses")
         if len(self.union) == len(self.pools[paths[0]]):  # the global pool holds the local ones
@@ -126,8 +124,8 @@ def storing_encoder(models, name, batch_size=64, skip_bad=False):
     last, width = models[-1], models[-1].ret_embedding.numel()
     with autocast(last.device):  # a cache may be shared with a machine without bfloat16
         fast = torch.is_autocast_enabled(last.device.type)
-    precision = [str(model.backbone.dtype) for model in models], fast
-    settings = last.max_text_tokens, last.max_frames, dict(last.image_processor.size), *precision
+    settings = (last.max_text_tokens, last.max_frames, dict(last.image_processor.size), fast,
+                [str(model.backbone.dtype) for model in models])
 
     def states(batch):
         with autocast(last.device):
@@ -181,7 +179,6 @@ def evaluate_models(models, name, data, split="test", out=None, batch_size=64, l
 
 def write_results(out, results, text, embedded, cells, rankings):
     """results.json, results.md, TREC files, gallery.png: numbers first, then the picture."""
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "results.json", results)
     write_text(out / "results.md", f"# Evaluation\n\n```\n{text}\n```\n")
     report.write_trec(out / "trec" if results["baselines"] else out, cells, rankings, did_text)
@@ -195,13 +192,14 @@ def write_results(out, results, text, embedded, cells, rankings):
 
 
 def show(model, args, out):
-    """Search for args.query and args.image; print the args.k best, draw them into out; -> the file.
+    """Search for args.query, args.image or args.video; print the args.k best, draw them into out.
 
     args.pool: a folder of files, instead of args.data. args.modality: only its candidates; a query
     without instruction then gets the benchmark's for that task. args.skip_bad: leave files out that
-    cannot be read. Raises ValueError on bad input.
+    cannot be read. -> the picture's name. Raises ValueError on bad input.
     """
-    query = {"text": args.query, "image": args.image, "instruction": args.instruction}
+    query = {"text": args.query, "image": args.image, "video": args.video,
+             "instruction": args.instruction}
     if args.pool:
         items = Folder(args.pool)
     else:
@@ -211,12 +209,12 @@ def show(model, args, out):
             raise ValueError(f"{args.data}/cand_pool/global: expected mbeir_union_test_cand_pool")
         items = benchmark.pool(path)
         if args.modality and not args.instruction:
-            kinds = ",".join(kind for kind in ("image", "text") if query[kind])
+            kinds = ",".join(kind for kind in ("image", "video", "text") if query[kind])
             task = modality_class(kinds), modality_class(args.modality)
             prompts = [texts[0] for key, texts in benchmark.prompts.items() if key[:2] == task]
             query["instruction"] = next(iter(prompts), None)
     with autocast(model.device):  # as the candidates
-        vector = model.encode(query)[None]  # first, as a bad image should fail at once
+        vector = model.encode(query)[None]  # first, as a bad query should fail at once
     encode = storing_encoder([model], args.model, args.batch_size, args.skip_bad)
     vectors = encode(items)[:, 0]
     if distributed.rank():
@@ -234,7 +232,7 @@ def show(model, args, out):
     found = []
     for rank, (value, i) in enumerate(zip(scores[0].tolist(), rows[best[0]].tolist()), 1):
         item, kind = items[i], MODALITIES[items.modality[i]]
-        content = printable(item["text"] or item["image"])[:70]
+        content = printable(item["text"] or item["image"] or item["video"])[:70]
         print(f"{rank:>3}  {value:.3f}  {kind:<10}  {printable(items.name(i)):<24}  {content}")
         found.append((f"{rank}.  {value:.3f}  {kind}", item, None))
     out.mkdir(parents=True, exist_ok=True)
@@ -255,7 +253,7 @@ def read_out(model, keep_last=False):
         if keep_last:
             states.append(states[0])
             for depth in range(1, len(layers) + 1):
-                decoder.layers = nn.ModuleList([*layers[: depth - 1], layers[-1]])
+                decoder.layers = torch.nn.ModuleList([*layers[: depth - 1], layers[-1]])
                 states.append(model(batch, visual).float())
             decoder.layers = layers
         return torch.stack(states, dim=1)
@@ -305,8 +303,9 @@ def arguments():
     option("--out", help="folder for the results, must not exist; default: results/<model>")
     option("--query", help="search for this text instead of evaluating")
     option("--image", help="search for this image; with --query for both together")
+    option("--video", help="the same with a video, an animated GIF, WebP or PNG file")
     option("--instruction", help="what to look for, in front of the query's text")
-    option("--pool", help="search this folder of images and .txt files instead of --data")
+    option("--pool", help="search this folder of images, videos, .txt files instead of --data")
     option("--modality", choices=MODALITIES, help="search only candidates of this modality")
     option("--k", type=int, default=10, help="how many results a search shows")
     option("--skip-bad", action="store_true", help="search without the files that cannot be read")
@@ -317,14 +316,18 @@ def arguments():
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
     option("--device", default="", help="torch device; default: cuda if there is one")
     args = parser.parse_args()
-    if (args.pool or args.instruction) and not (args.query or args.image):
-        raise ValueError("--pool and --instruction belong to a search: give --query or --image")
+    if (args.pool or args.instruction) and not (args.query or args.image or args.video):
+        raise ValueError("--pool and --instruction need a search: give --query, --image or --video")
+    if args.image and args.video:
+        raise ValueError("a search is for --image or for --video, not for both")
     for name, value in vars(args).items():
         if value is not None and name != "device":
             least = name != "popularity_penalty" and value is not False  # 1: of a text, letters
             check_option(f"--{name.replace('_', '-')}", value, type(value), int(least))
     if not re.fullmatch("all|[0-9]+(,[0-9]+)*", args.depths or "all"):
         raise ValueError(f"--depths must be all or numbers like 2,4, got {args.depths}")
+    if args.image or args.video:  # can it be read? before anything slow
+        load_image(args.image) if args.image else load_video(args.video)
     return args
 
 
@@ -342,14 +345,13 @@ def run(args):
         if not args.pool:
             ensure_data(args.data)
         model = PUMA.from_pretrained(args.model, device=device).eval()
-        if args.query or args.image:
+        if args.query or args.image or args.video:
             written = show(model, args, folder)
         elif args.depths:
             asked = None if args.depths == "all" else map(int, args.depths.split(","))
             rows = compare_depths(model, Benchmark(args.data), args.split, asked, args.keep_last,
                                   args.limit or 200, batch_size=args.batch_size)
             print(report.depth_table(rows))
-            folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / "depths.json", {"rows": rows, "settings": vars(args)})
             draw_depths(folder / "depths.png", rows)
             written = "depths.json, depths.png"
@@ -362,7 +364,7 @@ def run(args):
 
 
 def ensure_data(folder):
-    """Have the default benchmark written when its folder is absent; other processes wait."""
+    """Write the default benchmark if it is absent. ValueError if an older version wrote it."""
     if str(folder) == DEFAULT_DATA and not Path(folder).exists() and distributed.rank() == 0:
         from toy.glyph_beir import build
 
@@ -370,6 +372,8 @@ def ensure_data(folder):
         with contextlib.suppress(FileExistsError):  # another process was faster
             print(build(folder))
     distributed.gather_objects(None)
+    if str(folder) == DEFAULT_DATA and not [*Path(folder).glob("query/train/mbeir_motion*")]:
+        raise ValueError(f"{folder} is of an older version: delete it, and it is written anew")
 
 
 if __name__ == "__main__":

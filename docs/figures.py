@@ -14,6 +14,7 @@ import random
 import re
 import textwrap
 
+import numpy as np
 import torch
 from IPython.display import HTML
 from matplotlib import animation
@@ -21,6 +22,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 
 from mac_loss import hard_temperature, mac_loss
+from support.items import load_video
 
 STYLE = {"font.size": 14, "figure.figsize": (12, 4.4), "figure.dpi": 80, "axes.spines.top": False,
          "axes.spines.right": False, "figure.autolayout": True}
@@ -58,17 +60,22 @@ def _small(found):
 
 def tasks(sides):
     """Pairs of framed items; sides: (item, title, colour) of query, target, query, ..."""
-    _, axes = plt.subplots(4, 4, figsize=(12, 10))
+    _, axes = plt.subplots(5, 4, figsize=(12, 12.5))
     for axis, (item, title, colour) in zip(axes.flat, sides):
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=14, color=colour)
         axis.spines[:].set(visible=True, color=colour, linewidth=2)
         text = textwrap.fill(item["text"] or "", 24)
-        if item["image"]:
-            inset = axis.inset_axes([0.25, 0.5, 0.5, 0.48] if text else [0.1, 0.05, 0.8, 0.9])
-            inset.imshow(plt.imread(item["image"]), cmap="gray")
+        picture = plt.imread(item["image"]) if item["image"] else None
+        if item.get("video"):
+            picture = np.hstack([np.pad(np.asarray(frame.convert("L")), 1, constant_values=160)
+                                 for frame in load_video(item["video"])])
+        if picture is not None:
+            inset = axis.inset_axes([0.25, 0.5, 0.5, 0.48] if text else [0.02, 0.05, 0.96, 0.9])
+            inset.imshow(picture, cmap="gray")
             inset.axis("off")
-        axis.text(0.5, 0.25 if item["image"] else 0.5, text, ha="center", va="center", fontsize=12)
+        axis.text(0.5, 0.5 if picture is None else 0.25, text, ha="center", va="center",
+                  fontsize=12)
 
 
 def words(panels):
@@ -79,6 +86,18 @@ def words(panels):
         axis.invert_yaxis()
         axis.set(xlabel="probability of the next word at [RET]", xlim=(0, 0.5))
         axis.set_title(title, fontsize=14)
+
+
+def word_strip(words_of, shares):
+    """Probable next words after each layer, a small panel a depth; both (L + 1, words)."""
+    _, axes = plt.subplots(1, len(words_of), figsize=(2 * len(words_of), 2.6))
+    for depth, (axis, labels, row) in enumerate(zip(axes, words_of, shares)):
+        axis.barh(range(len(row)), row, color="0.75")
+        for place, label in enumerate(labels):
+            axis.text(0.01, place, label, va="center", fontsize=13)
+        axis.set(xlim=(0, 0.4), yticks=[], xlabel="probability")
+        axis.set_title(f"layer {depth}" if depth else "no layer", fontsize=13)
+        axis.invert_yaxis()
 
 
 def by_depth(rates, cosine):
@@ -303,12 +322,12 @@ def compare(average, lost):
     for place, (name, colour) in enumerate(SHADES.items()):
         left.bar(place - 0.2, average[name]["local"], 0.38, color=colour)
         left.bar(place + 0.2, average[name]["global"], 0.38, color=colour, hatch="//", alpha=0.7)
-        right.bar([x + 0.2 * place - 0.3 for x in range(3)], list(lost[name].values()), 0.19,
-                  color=colour, label=name)
+        places = [x + 0.2 * place - 0.3 for x in range(len(lost[name]))]
+        right.bar(places, list(lost[name].values()), 0.19, color=colour, label=name)
     left.set(ylabel="hit rate @5, %", xlabel="filled: local pools, hatched: global", ylim=(0, 100))
     left.set_xticks(range(4), list(SHADES))
     right.set(ylabel="hits lost to another modality, %", xlabel="wanted", ylim=(0, 100))
-    right.set_xticks(range(3), list(lost["MAC"]))
+    right.set_xticks(range(len(lost["MAC"])), list(lost["MAC"]))
     right.legend(ncols=2, fontsize=12)
 
 

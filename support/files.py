@@ -203,6 +203,7 @@ def read_json(path):
 
 def write_text(path, text):
     """Write beside, then rename: a reader never sees half a file, nor does a kill leave one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -140,11 +140,17 @@ def image_size(image):
         return 1, 1
 
 
-class Folder:
-    """The images and .txt files below a folder as items; hidden ones are left out.
+def is_animated(path):
+    """Whether a file is an animated GIF, WebP or PNG; at most two frames are read."""
+    # Pages of a TIFF, and what a camera adds to a JPEG, are no frames; a broken file is "an image".
+    with contextlib.suppress(UNREADABLE), open_image(path) as file:
+        return file.format in ("GIF", "PNG", "WEBP") and file.is_animated
 
-    `modality[i]` is item i's class. Raises ValueError if there are none, or on an empty text.
-    """
+
+class Folder:
+    """The images, videos (GIF, WebP and PNG files that are animated) and .txt files below a folder
+    as items; hidden ones are left out. `modality[i]` is item i's class. Raises ValueError if there
+    are none, or on an empty text."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -153,14 +159,17 @@ class Folder:
                             and "/." not in f"/{path.relative_to(self.root).as_posix()}")
         if not self.files:
             raise ValueError(f"--pool {root}: expected a folder with files {' '.join(SUFFIXES)}")
-        self.modality = np.array([int(path.suffix.lower() != ".txt") for path in self.files])
+        self.modality = np.array([MODALITIES.index(
+            "text" if path.suffix.lower() == ".txt" else "video" if is_animated(path) else "image")
+            for path in self.files])
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
-        if self.modality[i]:
-            return {"text": None, "image": str(self.files[i])}
+        kind = MODALITIES[self.modality[i]]
+        if kind != "text":
+            return {"text": None, "image": None, kind: str(self.files[i])}
         text = self.files[i].read_text(encoding="utf-8", errors="replace").strip()
         if not text:
             raise ValueError(f"the text file {self.files[i]} is empty")

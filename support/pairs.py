@@ -21,29 +21,45 @@ from support.items import MODALITIES, check_text, load_image, regular
 COLUMNS = ("query_text", "query_image", "target_text", "target_image", "instruction")
 
 
-def write_m_beir(root, name, dataset, prompts, train, splits, pools):
-    """Write an M-BEIR directory of one dataset, images apart. `dataset`: the id that goes with its
-    `name`; `prompts` {(query modality, candidate modality): texts}; `train`, `splits` {split: ...}:
-    rows of queries; `pools` {split: rows of candidates}, local ones are parts of the test pool."""
+def write_m_beir(root, names, prompts, train, splits, pools):
+    """Write an M-BEIR directory, images apart. `names` {dataset id: name}; `prompts` {(dataset id,
+    query modality, candidate modality): texts}; `train`, `splits` {split: ...}: rows of queries;
+    `pools` {split: rows of candidates}. A local pool is what the test pool has of a dataset in the
+    modality that a task looks for."""
     files = {f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl": map(json.dumps, rows)
              for split, rows in pools.items()}
     files["query/union_train/mbeir_union_up_train.jsonl"] = map(json.dumps, train)
-    for split, queries in splits.items():
-        for task in {row["task_id"] for row in queries}:
-            cell, rows = f"mbeir_{name}_task{task}", [q for q in queries if q["task_id"] == task]
-            local = [row for row in pools["test"] if row["modality"] == TASKS[task][1]]
-            files[f"query/{split}/{cell}_{split}.jsonl"] = map(json.dumps, rows)
-            files[f"cand_pool/local/{cell}_cand_pool.jsonl"] = map(json.dumps, local)
-            files[f"qrels/{split}/{cell}_{split}_qrels.txt"] = [
-                f"{row['qid']} 0 {did} 1 {task}" for row in rows for did in row["pos_cand_list"]]
-    names = [f"prompt_{n + 1}" for n in range(max(map(len, prompts.values())))]
-    lines = [["query_modality", "cand_modality", "dataset_name", "dataset_id", *names]]
-    lines += [[*kinds, name, str(dataset), *texts] for kinds, texts in prompts.items()]
+    for number, name in names.items():
+        own = [row for row in train if of_dataset(number, row["qid"])]
+        files[f"query/train/mbeir_{name}_train.jsonl"] = map(json.dumps, own)
+        found = [row for row in pools["test"] if of_dataset(number, row["did"])]
+        for split in splits:
+            queries = defaultdict(list)
+            for row in splits[split]:
+                if of_dataset(number, row["qid"]):
+                    queries[row["task_id"]].append(row)
+            for task, rows in queries.items():
+                cell, wanted = f"mbeir_{name}_task{task}", TASKS[task][1]
+                local = [row for row in found if row["modality"] == wanted]
+                files[f"query/{split}/{cell}_{split}.jsonl"] = map(json.dumps, rows)
+                files[f"cand_pool/local/{cell}_cand_pool.jsonl"] = map(json.dumps, local)
+                files[f"qrels/{split}/{cell}_{split}_qrels.txt"] = [
+                    f"{row['qid']} 0 {did} 1 {task}" for row in rows
+                    for did in row["pos_cand_list"]]
+    numbers = range(1, 1 + max(map(len, prompts.values())))
+    lines = [["query_modality", "cand_modality", "dataset_name", "dataset_id",
+              *(f"prompt_{n}" for n in numbers)]]
+    lines += [[*kinds, names[number], str(number), *texts]
+              for (number, *kinds), texts in prompts.items()]
     files["instructions/query_instructions.tsv"] = map("\t".join, lines)
     for path, lines in files.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         with (root / path).open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
+
+
+def of_dataset(number, key):
+    return key.startswith(f"{number}:")
 
 
 def read_pairs(path, on_error):
@@ -115,7 +131,8 @@ def join_pairs(path, dataset):
     if bad:
         raise ValueError(f"{path}: {len(bad):,} bad lines, nothing is written")
     queries = [row | {"pos_cand_list": [*row["pos_cand_list"]]} for row in queries.values()]
-    prompts = {kinds: [counts.most_common(1)[0][0]] for kinds, counts in prompts.items()}
+    prompts = {(dataset, *kinds): [counts.most_common(1)[0][0]]
+               for kinds, counts in prompts.items()}
     return queries, [*candidates.values()], prompts
 
 
@@ -136,7 +153,7 @@ def write_pairs(path, out, valid, dataset=11):
         train, test = queries[count:], queries[:count]
         if not train:
             raise ValueError(f"{path}: expected more different queries, got {len(queries)}")
-        write_m_beir(root, "pairs", dataset, prompts, train, {"val": test, "test": test},
+        write_m_beir(root, {dataset: "pairs"}, prompts, train, {"val": test, "test": test},
                      dict.fromkeys(("train", "val", "test"), candidates))
         images = {row.get("img_path") or row.get("query_img_path") for row in queries + candidates}
         for image in images - {None}:

@@ -3,9 +3,11 @@
 import textwrap
 
 import matplotlib
+import numpy as np
+from PIL import Image, ImageOps
 
 from support.files import printable
-from support.items import load_image
+from support.items import load_image, load_video
 
 matplotlib.use("Agg")  # draws into files; no window, so it works on a server
 
@@ -55,17 +57,31 @@ def draw_gallery(path, rows, columns=5):
     _save(figure, path, dpi=80)
 
 
+def _film_strip(video):
+    """The frames that `load_video` gives of a video as one picture, in two rows if over two."""
+    frames = [np.asarray(ImageOps.expand(ImageOps.contain(frame, (112, 112)), 1, "grey"))
+              for frame in load_video(video)]
+    columns = max(2, len(frames) // 2)  # their number is even
+    rows = [np.hstack(frames[i : i + columns]) for i in range(0, len(frames), columns)]
+    return Image.fromarray(np.vstack(rows))
+
+
 def _draw_item(axis, item, title, colour, width):
-    """One framed item: its image above its text, as much of it as fits."""
+    """One framed item: its image or video above its text, as much of it as fits."""
     axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
     axis.set_title(printable(title), fontsize=9, parse_math=False)
     for spine in axis.spines.values():
         spine.set(edgecolor=colour, linewidth=width)
-    image, text = item.get("image"), printable(item.get("text") or "")
-    lines = textwrap.wrap(text, 27, max_lines=3 if image else 7, placeholder=" ...")
+    image, text = None, item.get("text") or ""
+    try:
+        image = (load_image(item["image"]) if item.get("image") else
+                 _film_strip(item["video"]) if item.get("video") else None)
+    except ValueError as error:  # embeddings are kept: its file may have changed or gone since
+        text = str(error)
+    lines = textwrap.wrap(printable(text), 27, max_lines=3 if image else 7, placeholder=" ...")
     if image:
-        inset = axis.inset_axes([0.2, 0.4, 0.6, 0.57] if text else [0.1, 0.1, 0.8, 0.8])
-        inset.imshow(load_image(image))
+        inset = axis.inset_axes([0.04, 0.4, 0.92, 0.57] if text else [0.04, 0.1, 0.92, 0.8])
+        inset.imshow(image)
         inset.axis("off")
     axis.text(0.5, 0.2 if image else 0.5, "\n".join(lines), ha="center", va="center",
               fontsize=7.5, parse_math=False)

@@ -183,7 +183,6 @@ def write_trec(folder, cells, rankings, id_text=str):
 
     trec_eval sorts by score itself, and ties by did: so equal scores are written 0.000001 apart, in
     the order of our ranking. It refuses a query that stands there twice: the last is written."""
-    folder.mkdir(parents=True, exist_ok=True)
     for cell in cells:
         pairs = {(qid, key) for qid, keys in zip(cell.qids, cell.relevant) for key in keys}
         qrels = "".join(f"{qid} 0 {id_text(key)} 1\n" for qid, key in sorted(pairs))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -14,8 +15,10 @@ from data import Benchmark
 from evaluate import Embedded, compare_depths, efficiency, read_out, storing_encoder
 from prune_distill import find_decoder, prune_layers
 from puma import PUMA
+from support.pictures import draw_gallery
 
-TASKS = (0, 1, 2, 3, 4, 6, 7, 8)
+CELLS = [*(f"glyph_task{task}" for task in (0, 1, 2, 3, 4, 6, 7, 8)), "motion_task9",
+         "motion_task10"]
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +47,14 @@ def lines_of(path):
 def test_results_hold_every_cell_on_both_pools(results):
     results, out = results
     assert json.loads((out / "results.json").read_text()) == results
-    assert set(results["cells"]) == {f"{z}glyph_task{t}" for z in ("", "zero_") for t in TASKS}
+    assert set(results["cells"]) == {zero + name for zero in ("", "zero_") for name in CELLS}
     for cell in results["cells"].values():
         assert cell["queries"] == 20
         for pool in ("local", "global"):
             rates = [cell[pool][f"hit_rate@{k}"] for k in (1, 5, 10)]
             assert 0 <= rates[0] <= rates[1] <= rates[2] <= 1
-    seen = [results["cells"][f"glyph_task{t}"]["local"]["hit_rate@5"] for t in TASKS]
-    assert results["average"]["local"]["hit_rate@5"] == pytest.approx(sum(seen) / 8) and max(seen)
+    seen = [results["cells"][name]["local"]["hit_rate@5"] for name in CELLS]
+    assert results["average"]["local"]["hit_rate@5"] == pytest.approx(sum(seen) / 10) and max(seen)
     for heading in ("local pool, %", "global pool, %", "average, zero-shot", "parameters"):
         assert heading in (out / "results.md").read_text()
     assert (out / "gallery.png").stat().st_size > 10_000
@@ -71,7 +74,7 @@ def test_trec_files_give_the_same_hit_rates_and_kinds_of_wrong_results(results, 
             assert len({(row[0], row[2]) for row in run}) == len(run) == 200, "no id twice"
             hits = {row[0] for row in run if int(row[3]) <= 5 and (row[0], row[2]) in right}
             assert len(hits) / 20 == pytest.approx(cell[which]["hit_rate@5"])
-        kinds = results["confusion"][name.replace("glyph_", "")]
+        kinds = results["confusion"][re.sub("glyph_|motion_", "", name)]
         wrong = [modality[row[2]] != kinds["target"] for row in run if row[3] == "1"]
         assert kinds["wrong modality"] == pytest.approx(sum(wrong) / 20)
         assert kinds["right item"] == pytest.approx(cell["global"]["hit_rate@1"])
@@ -84,7 +87,7 @@ def test_queries_without_a_right_candidate_in_a_pool_are_said_once(tmp_path, gly
     rows = [line for line in path.read_text().splitlines() if '"modality": "text"' not in line]
     path.write_text("\n".join(rows))
     benchmark = Benchmark(data)
-    cells = [cell for cell in benchmark.cells("test", 5) if cell.name[-1] in "03"]
+    cells = [cell for cell in benchmark.cells("test", 5) if cell.name[-5:] in ("task0", "task3")]
     Embedded(benchmark, cells, "test", lambda items: torch.zeros(len(items), 1))
     assert capsys.readouterr().err == (
         f"warning: {path}: it has no right candidate for 5 of 5 queries of glyph_task3, which "
@@ -162,6 +165,8 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
     name = str(missing).replace("\33", "\\x1b")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    film = empty.parent / "film.mp4"
+    film.write_bytes(b"\0\0\0 ftypisom")
     model = ("--data", glyph_beir, model[0])
     cases = [
         (("--data", tmp_path, model[2]), "is no M-BEIR directory: expected the folder"),
@@ -171,7 +176,10 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
         ((*model, "--out", tmp_path), "exists: choose another"),
         ((*model, "--limit", "0"), "--limit must be in 1..1,000,000, got 0"),
         ((*model, "--batch-size", "-1"), "--batch-size must be in 1..1,000,000, got -1"),
-        ((*model, "--pool", glyph_beir), "give --query or --image"),
+        ((*model, "--pool", glyph_beir), "give --query, --image or --video"),
+        ((*model, "--instruction", "a"), "give --query, --image or --video"),
+        ((*model, "--image", missing, "--video", missing), "for --image or for --video, not for"),
+        ((*model, "--video", film), f"cannot read video {film}: "),
         ((*model, "--out", ""), "--out must be a text, not empty"),
         ((*model, "--out", tmp_path / "file/x"), "Not a directory"),
         ((*model, "--popularity-penalty", "nan"), "--popularity-penalty must be in 0..1,000,000"),
@@ -200,6 +208,70 @@ def test_a_search_prints_ten_candidates_of_the_embeddings_that_are_there_and_dra
     assert [line.split()[2] for line in lines[:3]] == ["image"] * 3 and len(lines) == 4
     assert {path: path.stat().st_mtime_ns for path in stored} == stored
     assert len(stored) == len(list((model[0] / "cache").glob("*.npy"))), "the evaluation's"
+
+
+def save_clip(path, *colours):
+    """An animation of squares of these colours, as exact as its format allows."""
+    first, *rest = (Image.new("RGB", (56, 56), colour) for colour in colours)
+    first.save(path, save_all=True, append_images=rest, lossless=True)
+
+
+def test_a_search_for_a_video_finds_the_same_frames_and_its_text_tells_two_searches_apart(
+        monkeypatch, capsys, tmp_path, model):
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    save_clip(pool / "moves.gif", "red", "blue", "lime")
+    save_clip(pool / "back.png", "lime", "blue", "red")
+    save_clip(pool / "still.gif", "red")
+    (pool / "text.txt").write_text("red, then blue, then lime")
+    save_clip(tmp_path / "asked.webp", "red", "blue", "lime")
+    monkeypatch.chdir(tmp_path)
+    search = [model[0], "--pool", pool, "--video", "asked.webp"]
+    _, lines, _ = run_cli(monkeypatch, capsys, *search)
+    assert lines[0].split()[:4] == ["1", "1.000", "video", "moves.gif"]
+    assert {tuple(line.split()[2:4]) for line in lines[1:4]} == {
+        ("video", "back.png"), ("image", "still.gif"), ("text", "text.txt")}
+    _, both, _ = run_cli(monkeypatch, capsys, *search, "--query", "the other way round",
+                         "--modality", "video")
+    assert {line.split()[3] for line in both[:2]} == {"moves.gif", "back.png"} and len(both) == 3
+    assert both[0].split()[1] != "1.000", "the text counts"
+    assert both[-1].endswith("search.png")
+
+
+def test_a_search_from_video_to_text_has_the_benchmarks_instruction_and_finds_descriptions(
+        monkeypatch, capsys, tmp_path, glyph_beir, model, results):
+    benchmark = Benchmark(glyph_beir)
+    cell = next(cell for cell in benchmark.cells("test", 1) if cell.name == "motion_task10")
+    prompt = benchmark.prompts[3, 0, 11][0]  # video -> text of dataset 11
+    search = [model[0], "--data", glyph_beir, "--video", cell.items[0]["video"], "--k", 3, "--out"]
+    found = {name: run_cli(monkeypatch, capsys, *search, tmp_path / name, *options)[1][:-1]
+             for name, options in {"text": ["--modality", "text"],
+                                   "prompt": ["--modality", "text", "--instruction", prompt],
+                                   "other": ["--modality", "text", "--instruction", "Find."],
+                                   "clip": ["--modality", "video"]}.items()}
+    assert found["text"] == found["prompt"] != found["other"]
+    assert [line.split()[2] for line in found["text"]] == ["text"] * 3
+    assert all(line.split()[2] == "video" for line in found["clip"])
+    assert all(line.split()[3].startswith("11:") for line in found["clip"])
+
+
+def test_a_gallery_shows_the_frames_of_a_clip_and_says_which_file_it_cannot_read(tmp_path):
+    colours = [(255, 0, 0), (0, 0, 255), (0, 255, 0), (255, 255, 0)]
+    save_clip(tmp_path / "clip.webp", *colours)
+    save_clip(tmp_path / "one.gif", (255, 0, 255))
+    save_clip(tmp_path / "cut.gif", *colours)
+    (tmp_path / "cut.gif").write_bytes((tmp_path / "cut.gif").read_bytes()[:-40])
+    names = ("clip.webp", "one.gif", "cut.gif")
+    clip, one, cut = ({"video": str(tmp_path / name)} for name in names)
+    found = [("1.", one, True), ("2.", {"text": "a $\\frac{$", **clip}, None), ("3.", cut, False)]
+
+    def drawn(query, found):
+        draw_gallery(tmp_path / "gallery.png", [("query", query, found)])
+        picture = Image.open(tmp_path / "gallery.png").convert("RGB")
+        return {colour for count, colour in picture.getcolors(1 << 24) if count > 100}
+
+    assert {*colours, (255, 0, 255)} <= drawn(clip, found)
+    assert not {*colours} & drawn(cut, found[:1]), "a broken clip leaves its reason, no picture"
 
 
 def test_a_folder_of_files_is_a_pool_and_bad_files_are_skipped_only_when_asked(
@@ -303,7 +375,7 @@ def test_the_comparison_of_depths_equals_evaluations_of_models_cut_there(puma, g
             hits = {cell.name: [any(key in right for key in keys[:5]) for keys, right in zip(
                 embedded.rank(cells)[cell.name, pool][1], cell.relevant)] for cell in cells}
             rates = {name: sum(hit) / len(hit) for name, hit in hits.items()}
-            assert rows[0][kind + pool] == pytest.approx(sum(rates.values()) / 8)
+            assert rows[0][kind + pool] == pytest.approx(sum(rates.values()) / 10)
             assert pool == "global" or rows[0][f"{kind}cells"] == pytest.approx(rates)
         likeness = (embedded.candidates * whole).sum(1).mean().item()
         assert rows[0][f"{kind}cosine"] == pytest.approx(likeness, abs=1e-5) and likeness < 0.99

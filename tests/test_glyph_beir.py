@@ -17,21 +17,28 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageSequence
 
+import data
 import toy.glyph_beir as generator
-from toy.glyph_beir import TASKS, World
+from toy.glyph_beir import World
 
+CLIP_TASKS = {task: kinds for task, kinds in data.TASKS.items() if "video" in kinds}  # dataset 11
+TASKS = {task: data.TASKS[task] for task in (0, 1, 2, 3, 4, 6, 7, 8)}  # dataset 10
+ALL = {**TASKS, **CLIP_TASKS}
 EDIT_TASKS = (1, 6, 7, 8)
 SPLITS = ("val", "test", "zero")
 HELD_OUT_FACES = {"Serif-Italic", "SansMono-Oblique", "Sans-BoldOblique"}
 POOL = "cand_pool/global/mbeir_union_{}_cand_pool.jsonl".format
-TRAIN_FILES = ("query/train/mbeir_glyph_train.jsonl",
+TRAIN_FILES = ("query/train/mbeir_glyph_train.jsonl", "query/train/mbeir_motion_train.jsonl",
                "query/union_train/mbeir_union_up_train.jsonl", POOL("train"))
-QUERIES = {(split, task): f"query/{split}/mbeir_glyph_task{task}_{split}.jsonl"
-           for split in SPLITS for task in TASKS}
-LOCAL = {task: f"cand_pool/local/mbeir_glyph_task{task}_cand_pool.jsonl" for task in TASKS}
+NAMES = {task: f"mbeir_{'motion' if task in CLIP_TASKS else 'glyph'}_task{task}"
+         for task in ALL}
+QUERIES = {(split, task): f"query/{split}/{name}_{split}.jsonl"
+           for split in SPLITS for task, name in NAMES.items()}
+LOCAL = {task: f"cand_pool/local/{name}_cand_pool.jsonl" for task, name in NAMES.items()}
 JSONL_FILES = {*TRAIN_FILES, POOL("val"), POOL("test"), *LOCAL.values(), *QUERIES.values()}
 QRELS = {key: name.replace("query/", "qrels/").replace(".jsonl", "_qrels.txt")
          for key, name in QUERIES.items()}
@@ -39,16 +46,22 @@ PROMPTS = "instructions/query_instructions.tsv"
 
 
 class Files:
-    """The directory's lines: `train` and `queries[split, task]`; `train_pool` and `pool` by did."""
+    """The directory's lines: `train` and `queries[split, task]`; `train_pool` and `pool` by did.
+
+    Of dataset 10; those of 11 are `clip_train`, `clip_queries`, `clip_train_pool`, `clip_pool`.
+    """
 
     def __init__(self, root):
         self.root = root
         self.rows = {name: [json.loads(line) for line in (root / name).open(encoding="utf-8")]
                      for name in JSONL_FILES}
-        self.train = self.rows[TRAIN_FILES[0]]
-        self.queries = {key: self.rows[name] for key, name in QUERIES.items()}
-        self.train_pool, self.pool = ({row["did"]: row for row in self.rows[POOL(split)]}
-                                      for split in ("train", "test"))
+        self.train, self.clip_train = (self.rows[name] for name in TRAIN_FILES[:2])
+        self.queries, self.clip_queries = (
+            {key: self.rows[name] for key, name in QUERIES.items() if key[1] in tasks}
+            for tasks in (TASKS, CLIP_TASKS))
+        self.train_pool, self.pool, self.clip_train_pool, self.clip_pool = (
+            {row["did"]: row for row in self.rows[POOL(split)] if row["did"].startswith(dataset)}
+            for dataset in ("10:", "11:") for split in ("train", "test"))
 
     def parts(self):
         """Each file's queries with the pool that their dids are from."""
@@ -107,6 +120,18 @@ def source(query):
     return char
 
 
+def moving(row):
+    """The (character, motion) that a clip shows or a description names."""
+    path = row.get("video_path") or row.get("query_video_path")
+    if path:
+        char, _, motion = Path(path).stem.partition("-")
+        return chr(int(char, 16)), motion
+    text = row.get("txt") or row.get("query_txt")
+    (found,) = {(named(text.removesuffix(f" {verb}")), motion)
+                for motion, verb in generator.VERBS.items() if text.endswith(f" {verb}")}
+    return found
+
+
 def card_partners(card):
     """The characters whose names a card tells, as its case partner."""
     return [named(name) for name in re.findall(r"(?:capital|small) form ([^,]+)", card)]
@@ -158,8 +183,11 @@ def test_lines_have_m_beirs_fields_and_types_and_their_tasks_modality(files):
 def test_local_pools_are_the_parts_of_the_global_one(files):
     test = files.rows[POOL("test")]
     assert files.rows[POOL("val")] == test
-    for task, (_, modality) in TASKS.items():
-        assert files.rows[LOCAL[task]] == [row for row in test if row["modality"] == modality]
+    assert files.rows[TRAIN_FILES[2]] == files.train + files.clip_train
+    for task, (_, modality) in ALL.items():
+        dataset = "11:" if task in CLIP_TASKS else "10:"
+        assert files.rows[LOCAL[task]] == [row for row in test if row["modality"] == modality
+                                           and row["did"].startswith(dataset)]
 
 
 def test_a_querys_positives_are_all_candidates_of_the_right_character_and_no_negative_is(files):
@@ -178,7 +206,7 @@ def test_a_querys_positives_are_all_candidates_of_the_right_character_and_no_neg
 
 
 def test_qrels_have_five_columns_and_agree_with_pos_cand_list(files):
-    for (split, task), rows in files.queries.items():
+    for (split, task), rows in {**files.queries, **files.clip_queries}.items():
         lines = [f"{r['qid']} 0 {did} 1 {task}" for r in rows for did in r["pos_cand_list"]]
         assert (files.root / QRELS[split, task]).read_text().splitlines() == lines
 
@@ -186,10 +214,10 @@ def test_qrels_have_five_columns_and_agree_with_pos_cand_list(files):
 def test_each_task_has_several_instructions_under_a_dataset_id_that_m_beir_does_not_use(glyph_beir):
     header, *lines = [line.split("\t") for line in (glyph_beir / PROMPTS).read_text().splitlines()]
     assert header[:4] == ["query_modality", "cand_modality", "dataset_name", "dataset_id"]
-    assert {(query, candidate) for query, candidate, *_ in lines} == set(TASKS.values())
-    assert len(lines) == len(TASKS)
-    for _, _, _, dataset, *prompts in lines:
-        assert int(dataset) not in range(10)
+    assert {(query, candidate) for query, candidate, *_ in lines} == set(ALL.values())
+    assert len(lines) == len(ALL)
+    for query, candidate, _, dataset, *prompts in lines:
+        assert dataset == ("11" if (query, candidate) in CLIP_TASKS.values() else "10")
         assert len(set(prompts)) >= 3 and all(prompts)
 
 
@@ -215,6 +243,82 @@ def test_every_referenced_image_exists_is_56_pixels_square_and_shows_something(f
             if i % 400 == 0:  # its character, in its face, and the same in each build
                 again = generator.render(drawn(path), face(path))
                 assert ImageChops.difference(image, again).getbbox() is None, path
+
+
+# ---- clips ---------------------------------------------------------------------------------------
+
+
+def test_lines_of_clips_have_their_path_beside_m_beirs_fields_and_their_tasks_modality(files):
+    queries = [(row, row["task_id"]) for row in files.clip_train]
+    queries += [(row, task) for (_, task), rows in files.clip_queries.items() for row in rows]
+    candidates = [*files.clip_train_pool.values(), *files.clip_pool.values()]
+    assert set(queries[0][0]) == {*files.train[0], "query_video_path"}
+    assert set(candidates[0]) == {*files.rows[LOCAL[0]][0], "video_path"}
+    for row, task in queries:
+        assert row["task_id"] == task and row["query_modality"] == CLIP_TASKS[task][0]
+    for prefix, key, rows in (("query_", "qid", [row for row, _ in queries]),
+                              ("", "did", candidates)):
+        assert len({row[key] for row in rows}) == len(rows)
+        for row in rows:
+            kind = row[f"{prefix}modality"]
+            assert re.fullmatch(r"11:\d+", row[key]) and row[f"{prefix}img_path"] is None
+            assert bool(row[f"{prefix}txt"]) == (kind == "text")
+            assert bool(row[f"{prefix}video_path"]) == (kind == "video")
+
+
+def test_positives_of_a_clip_or_description_are_of_its_motion_and_the_reverse_is_a_negative(files):
+    parts = [(files.clip_train, files.clip_train_pool),
+             *((rows, files.clip_pool) for rows in files.clip_queries.values())]
+    for rows, pool in parts:
+        all_of = defaultdict(list)
+        for did, row in pool.items():
+            all_of[moving(row), row["modality"]].append(did)
+        for row in rows:
+            (char, motion), wanted = moving(row), CLIP_TASKS[row["task_id"]][1]
+            assert row["pos_cand_list"] == all_of[(char, motion), wanted]
+            reverse = (char, generator.REVERSE[motion])
+            first = pool[row["neg_cand_list"][0]]
+            assert first["modality"] == wanted and moving(first)[0] == char
+            assert (moving(first) == reverse) == (motion != "blink")
+
+
+def test_a_clip_has_4_to_8_frames_that_differ_and_its_reverse_the_same_from_last_to_first(files):
+    paths = {row["video_path"] for row in files.clip_train_pool.values()}
+    paths |= {row["video_path"] for row in files.clip_pool.values()}
+    paths |= {row["query_video_path"] for rows in files.clip_queries.values() for row in rows}
+    paths = sorted(paths - {None})
+    assert len(paths) > 3000
+    for i, path in enumerate(paths):
+        with Image.open(files.root / path) as file:
+            assert file.n_frames in (4, 6, 8) and file.size == (56, 56)
+        if i % 40 == 0:
+            char, motion = moving({"video_path": path})
+            frames, back = ([frame.convert("L").tobytes() for frame in ImageSequence.Iterator(
+                Image.open(files.root / path.replace(f"-{name}.", f"-{other}.")))]
+                for name, other in ((motion, motion), (motion, generator.REVERSE[motion])))
+            assert frames == back[::-1] or motion == "blink"
+            assert all(one != other for one, other in zip(frames, frames[1:]))
+            again = generator.draw_clip(char, face(path), motion)
+            assert frames == [frame.tobytes() for frame in again]
+
+
+def test_no_face_character_or_motion_of_test_clips_is_in_training(files, world):
+    trained, known = files.clip_train + list(files.clip_train_pool.values()), world.motion_split
+    shown = {row.get("video_path") or row.get("query_video_path") for row in trained} - {None}
+    assert len({face(path) for path in shown}) == 9
+    assert not {face(path) for path in shown} & HELD_OUT_FACES
+    pairs = {moving(row) for row in trained}
+    assert pairs == {pair for pair, split in known.items() if split == "train"}
+    assert {char for char, _ in pairs} <= set(world.seen)
+    for split in SPLITS:
+        asked = {moving(row) for task in CLIP_TASKS for row in files.clip_queries[split, task]}
+        assert asked == {pair for pair, own in known.items() if own == split} and len(asked) > 50
+        assert {char in world.zero for char, _ in asked} == {split == "zero"}
+        # A motion whose reverse was trained would be less familiar than it, and lose.
+        assert not {(char, generator.REVERSE[motion]) for char, motion in asked} & pairs
+    counts = Counter(known.values())
+    assert 0.18 < (counts["test"] + counts["val"]) / (len(known) - counts["zero"]) < 0.22
+    assert {moving(row) for row in files.clip_pool.values()} == set(known)
 
 
 # ---- what is held out ----------------------------------------------------------------------------
@@ -301,15 +405,25 @@ def test_pretraining_reads_training_files_only_and_never_shows_anything_held_out
     from toy.pretrain import Corpus
 
     faces = {face(path) for path in images(files.train_pool.values())} - HELD_OUT_FACES
-    for name in [*TRAIN_FILES, *(f"mbeir_images/glyph/{face}" for face in faces)]:
+    for name in [*TRAIN_FILES, *(f"mbeir_images/{dataset}/{face}" for face in faces
+                                 for dataset in ("glyph", "motion"))]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(files.root / name)
     corpus = Corpus(tmp_path)  # where nothing else can be read
     seen, zero = ({world.names[char] for char in chars} for chars in (world.seen, world.zero))
     held_out = {r.pair for r, split in world.relation_split.items() if split != "train"}
-    paths = {str(path) for path in tmp_path.glob("mbeir_images/glyph/*/*.png")}
-    groups = [(None, pairs) for pairs in corpus.candidates.values()] + [*corpus.queries.items()]
+    paths = {str(path) for path in tmp_path.glob("mbeir_images/*/*/*.*")}
+    clips = [corpus.candidates.pop(kind) for kind in ("video", "description")]
+    clips += [corpus.queries.pop(task) for task in CLIP_TASKS]
     checked = set()
+    for pairs in clips:
+        assert pairs
+        for item, name in pairs:
+            pair = moving({"video_path": item["video"], "txt": item["text"]})
+            assert world.motion_split[pair] == "train" and name == world.description(*pair)
+            assert item["video"] in paths | {None} and item["image"] is None
+            checked.add((item["video"], name))
+    groups = [(None, pairs) for pairs in corpus.candidates.values()] + [*corpus.queries.items()]
     for task, pairs in groups:
         assert pairs
         for item, name in pairs:
@@ -321,11 +435,18 @@ def test_pretraining_reads_training_files_only_and_never_shows_anything_held_out
             assert not chars & world.zero and item["text"] not in zero
             assert frozenset(chars) not in held_out
             checked.add((item["image"], name))
-    rng = random.Random(0)
+    rng, corpus, animated = random.Random(0), Corpus(tmp_path), 0
     for _ in range(3000):  # what training draws consists of the items above
         for item, name in (corpus.sample_answer(rng), corpus.sample_summary(rng, 0.5)):
-            assert (item["image"], name) in checked
+            if isinstance(item["video"], list):  # a picture that is made to move
+                pair = moving({"video_path": None, "txt": name})
+                animated += world.names[pair[0]] in seen and pair not in world.motion_split
+                assert world.motion_split.get(pair, "train") == "train"
+                assert pair[0] not in world.zero
+            else:
+                assert (item["image"] or item["video"], name) in checked
             assert item["text"] not in zero and zero.isdisjoint([item.get("instruction")])
+    assert animated > 300  # also characters that have no clips
     assert not zero & set(corpus.texts())
 
 
@@ -336,23 +457,67 @@ def command(out):
     return [sys.executable, "toy/glyph_beir.py", "--out", str(out)]
 
 
-def test_a_second_build_writes_the_same_files_and_prints_one_line_of_counts(glyph_beir, tmp_path):
-    code = ("import toy.glyph_beir as g; g.write_images = len; g.draw_samples = lambda *_: None; "
-            "g.main()")  # without the pictures, which take most of the time
-    run = subprocess.run([sys.executable, "-c", code, "--out", str(tmp_path / "again")], cwd=ROOT,
-                         capture_output=True, text=True)  # another process: other hashes
+def write_without_pictures(out, *options):
+    """What the generator prints in another process, with other hashes. Pictures take longest."""
+    code = ("import toy.glyph_beir as g; g.write_images = g.write_clips = zip; "
+            "g.draw_samples = lambda *_: None; g.main()")
+    run = subprocess.run([sys.executable, "-c", code, "--out", str(out), *options], cwd=ROOT,
+                         capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_a_second_build_writes_the_same_files_and_prints_one_line_of_counts(glyph_beir, tmp_path):
+    printed = write_without_pictures(tmp_path / "again")
     for name in [*JSONL_FILES, *QRELS.values(), PROMPTS]:
         assert (glyph_beir / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 45,598 training queries, "
-              "34,908 training and 9,567 test candidates")
-    assert run.stdout == f"{tmp_path / 'again'}: {counts}\n"
+    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 48,832 training queries, "
+              "38,142 training and 12,559 test candidates, 4,070 clips")
+    assert printed == f"{tmp_path / 'again'}: {counts}\n"
+
+
+def test_the_second_form_is_four_datasets_of_two_tasks_whose_characters_are_disjoint(
+        files, tmp_path):
+    write_without_pictures(root := tmp_path / "domains", "--domains")
+
+    def rows(name):
+        return [json.loads(line) for line in (root / name).open(encoding="utf-8")]
+
+    benchmark, tasks, chars = data.Benchmark(root), {}, {}
+    datasets = {}  # name -> id
+    for line in (root / PROMPTS).read_text().splitlines()[1:]:
+        *kinds, name, number, _, _, _ = line.split("\t")
+        datasets[name] = number
+    for cell in benchmark.cells("test"):
+        name, task = re.fullmatch(r"(\w+)_task(\d)", cell.name).groups()
+        tasks.setdefault(name, []).append(int(task))
+        local = rows(f"cand_pool/local/mbeir_{name}_task{task}_cand_pool.jsonl")
+        assert {row["did"].partition(":")[0] for row in local} == {datasets[name]}
+        assert {row["modality"] for row in local} == {TASKS[int(task)][1]}
+        dids = {row["did"] for row in local}
+        assert all(dids >= set(row["pos_cand_list"])
+                   for row in rows(f"query/test/mbeir_{name}_task{task}_test.jsonl"))
+        prompts = [item["instruction"] for item in cell.items]
+        assert all("among" in prompt for prompt in prompts)  # instructions of its own
+    assert len(tasks) == 4 and sorted(sum(tasks.values(), [])) == [*TASKS]
+    assert {len(each) for each in tasks.values()} == {2}
+    pool = rows(POOL("test"))
+    for row in pool:
+        chars.setdefault(character(row), set()).add(row["did"].partition(":")[0])
+    assert {len(numbers) for numbers in chars.values()} == {1}  # disjoint
+    # The global pool shows what that of the first form shows, clips apart.
+    assert (Counter((row["txt"], row["img_path"]) for row in pool)
+            == Counter((row["txt"], row["img_path"]) for row in files.pool.values()))
+    train = rows("query/union_train/mbeir_union_up_train.jsonl")
+    assert {row["qid"].partition(":")[0] for row in train} == set(datasets.values())
+    assert {row["task_id"] for row in train} == set(TASKS)
 
 
 def test_another_seed_gives_other_splits_of_the_same_world(world):
     other = World(1)
     assert (other.names, other.relations) == (world.names, world.relations)
     assert other.zero != world.zero and len(other.zero) == len(world.zero)
+    assert other.motion_split != world.motion_split
     changed = sum(other.relation_split[r] != split for r, split in world.relation_split.items())
     assert changed > 1000
 
@@ -387,3 +552,71 @@ def test_a_killed_build_leaves_no_out_folder(tmp_path):
     os.killpg(run.pid, signal.SIGKILL)  # the session made above: the build and its workers
     assert run.wait() == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
+
+
+# ---- the premise ---------------------------------------------------------------------------------
+
+
+class Known:
+    """A model whose embedding of an item depends on its modality alone."""
+
+    def encode(self, items, show_progress):
+        kinds = [3 if item.get("video") else 2 * bool(item["image"]) + bool(item["text"])
+                 for item in items]
+        return torch.eye(4)[torch.tensor(kinds)]
+
+
+def test_the_premises_table_counts_what_a_model_that_sees_modalities_only_confuses(glyph_beir):
+    table = generator.premise(Known(), glyph_beir, 3, batches=2, batch_size=32)
+    right, negatives = [], []  # of positives, of negatives: (same embedding, same modality)
+    for batch in data.TrainSet(data.Benchmark(glyph_beir), 32, 2, 3):
+        known = data.duplicate_mask(batch["positive_keys"], batch["target_keys"])
+        queries, targets = (Known().encode(batch[part], False).argmax(1).tolist()
+                            for part in ("queries", "targets"))
+        right += [query == target for query, target in zip(queries, targets)]
+        negatives += [(queries[i] == targets[j], bool(batch["modality"][i] == batch["modality"][j]))
+                      for i in range(32) for j in range(32) if not known[i, j]]
+    assert table["cosine to the positive"] == pytest.approx(sum(right) / len(right))
+    for kind, wanted in (("intra", True), ("inter", False)):
+        alike = [same for same, intra in negatives if intra == wanted]
+        assert table[f"cosine to {kind}-modality negatives"] == pytest.approx(
+            sum(alike) / len(alike))
+    assert table["share of negatives of another modality"] == pytest.approx(
+        sum(not intra for _, intra in negatives) / len(negatives))
+    gaps = [value for name, value in table.items() if name.startswith("centroids")]
+    assert gaps and gaps == pytest.approx([2**0.5] * len(gaps))
+
+
+class Watcher:
+    """Knows what moves how in a clip or a description; of shuffled frames it knows nothing."""
+
+    def __init__(self, sign):
+        self.sign, self.shuffled = sign, 0
+
+    def encode(self, items, show_progress):
+        return torch.stack([self.vector(item) for item in items])
+
+    def vector(self, item):
+        if isinstance(item.get("video"), list):
+            self.shuffled += 1
+            return torch.zeros(64)
+        motions = {verb: motion for motion, verb in generator.VERBS.items()}
+        if item.get("video"):
+            code, motion = Path(item["video"]).stem.split("-")
+            char, sign = chr(int(code, 16)), 1
+        else:
+            verb = next(verb for verb in motions if item["text"].endswith(verb))
+            char, sign = named(item["text"].removesuffix(verb).strip()), self.sign
+            motion = motions[verb]
+        seed = ord(char) * 100 + sorted(generator.VERBS).index(motion)
+        vector = torch.randn(64, generator=torch.Generator().manual_seed(seed))
+        return sign * torch.nn.functional.normalize(vector, dim=0)
+
+
+@pytest.mark.parametrize("sign, expected", [(1, 1.0), (-1, 0.0)])
+def test_direction_is_the_share_of_clips_and_descriptions_told_from_their_reverse(
+        sign, expected, glyph_beir):
+    assert generator.direction(Watcher(sign), glyph_beir, "val") == expected
+    blind = Watcher(sign)
+    assert generator.direction(blind, glyph_beir, "val", shuffled=True) == 0  # no better than even
+    assert blind.shuffled > 50

@@ -226,6 +226,20 @@ def test_a_folders_images_and_texts_are_its_items_without_hidden_ones(tmp_path):
         pool[2]
 
 
+def test_of_a_folders_files_those_are_videos_that_are_animated_in_a_format_for_it(tmp_path):
+    frames = [Image.new("RGB", (8, 8), (60 * i, 0, 0)) for i in range(3)]
+    for name in ("a.gif", "b.png", "c.WEBP", "pages.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    frames[0].save(tmp_path / "photo.jpg", "MPO", save_all=True, append_images=frames[1:])
+    for name in ("still.gif", "still.png", "still.webp"):
+        frames[0].save(tmp_path / name)
+    (tmp_path / "x.gif").write_bytes(b"no image")
+    pool = Folder(tmp_path)
+    videos = [pool.name(i) for i in range(len(pool)) if pool.modality[i] == 3]
+    assert videos == ["a.gif", "b.png", "c.WEBP"] and set(pool.modality) == {1, 3}
+    assert pool[0] == {"text": None, "image": None, "video": str(tmp_path / "a.gif")}
+
+
 def test_a_folder_without_items_or_none_at_all_is_an_error(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match=f"--pool {folder}: expected a folder with"):

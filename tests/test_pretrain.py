@@ -24,13 +24,17 @@ def test_summaries_are_of_candidates_and_of_as_many_plain_queries_as_asked_for(c
     prompts = {prompt + ".": task for task, prompts in pretrain.INSTRUCTIONS.items()
                for prompt in prompts}
     rng = random.Random(0)
-    items = [corpus.sample_summary(rng, 0.0)[0] for _ in range(1000)]
-    assert not any("instruction" in item for item in items)
-    pictures = sum(bool(item["image"]) and not item["text"] for item in items)
-    assert 540 < pictures < 660  # 3 of 5: seeing is what takes longest to learn
+    pairs = [corpus.sample_summary(rng, 0.0) for _ in range(1000)]
+    assert not any("instruction" in item for item, _ in pairs)
+    pictures = sum(bool(item["image"]) and not item["text"] for item, _ in pairs)
+    assert 420 < pictures < 540  # 3 of 5 without the clips: seeing is what takes longest to learn
+    moving = [name.endswith(tuple(pretrain.VERBS.values())) for _, name in pairs]
+    assert 150 < sum(moving) < 250 and 120 < sum(bool(item["video"]) for item, _ in pairs) < 200
     items = [corpus.sample_summary(rng, 0.2)[0] for _ in range(1000)]
     tasks = [prompts[item["instruction"]] for item in items if "instruction" in item]
-    assert 150 < len(tasks) < 250 and set(tasks) == set(pretrain.PLAIN_TASKS)
+    assert 150 < len(tasks) < 250 and set(tasks) == {*pretrain.PLAIN_TASKS, *pretrain.CLIP_TASKS}
+    clips = [item for item, _ in (corpus.sample_answer(rng) for _ in range(1000)) if item["video"]]
+    assert 150 < len(clips) < 250 and {item["text"] for item in clips} == {pretrain.DESCRIBE_IT}
 
 
 def test_the_label_of_a_summary_gives_each_word_of_the_name_the_same_share():
@@ -39,6 +43,30 @@ def test_the_label_of_a_summary_gives_each_word_of_the_name_the_same_share():
     assert sum(label.values()) == pytest.approx(1)
     tokens = puma.tokenize([" latin"])[0]
     assert sum(label[token] for token in tokens) == pytest.approx(1 / 6)
+
+
+def test_the_loss_of_stills_and_clips_together_is_that_of_the_stock_model(corpus, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    puma = PUMA.from_pretrained(MODEL)
+    model = pretrain.Qwen2VLForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32)
+    rng, config = random.Random(3), model.config
+    still, clip = rng.choice(corpus.candidates["image"])[0], corpus.candidates["video"][0][0]
+    total = 0
+    with torch.no_grad():
+        batch = puma.collate([still, clip])
+        last = torch.full((2,), batch["input_ids"].shape[1] - 1)
+        labels = torch.eye(pretrain.VOCABULARY)[:2]
+        for row, (item, kind) in enumerate(((still, "image"), (clip, "video"))):
+            inputs = puma.collate([item])
+            ids, grid = inputs["input_ids"], inputs["grid_thw"]
+            pixels = {"image": "pixel_values", "video": "pixel_values_videos"}[kind]
+            token = config.image_token_id if kind == "image" else config.video_token_id
+            logits = model(**{"input_ids": ids, pixels: inputs["pixel_values"],
+                              f"{kind}_grid_thw": grid, "mm_token_type_ids":
+                              (ids == token).int() * (1 + (kind == "video"))}).logits[0, -1]
+            total -= logits.log_softmax(-1)[row] / 2
+        loss = pretrain.loss_of(model, batch, (torch.arange(2), last), labels)
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
 
 
 def test_each_predicting_state_stands_just_before_its_answers_token(corpus):

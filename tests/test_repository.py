@@ -35,8 +35,8 @@ def test_a_handful_of_files_of_the_promised_length():
     assert {path.name for path in TOP} == set(BUDGETS) and len(SUPPORT) <= 10  # with __init__.py
     too_long = {name: lines(name) for name, most in BUDGETS.items() if lines(name) > most}
     assert not too_long
-    assert sum(lines(name) for name in METHOD if name.startswith("support/")) <= 1_490
-    assert sum(map(lines, METHOD)) <= 3_450
+    assert sum(lines(name) for name in METHOD if name.startswith("support/")) <= 1_530
+    assert sum(map(lines, METHOD)) <= 3_495
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -212,7 +212,7 @@ def test_every_script_and_option_of_the_readmes_commands_exists(options):
 
 
 def test_every_option_named_in_the_readmes_text_exists(options):
-    known = set.union(*map(options, ("train.py", "evaluate.py", "data.py")))
+    known = set.union(*map(options, ("train.py", "evaluate.py", "data.py", "toy/glyph_beir.py")))
     named = set(re.findall(r"`(--[a-z0-9-]+)", README))
     assert len(named) > 5 and named <= known, named - known
 

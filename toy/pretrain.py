@@ -11,9 +11,12 @@ Half of each batch is question answering, half is the one-word prompt that PUMA 
     image + "name this character"                         -> latin capital letter a
     image + "what is it with acute added?"                -> latin capital letter a with acute
     "latin small letter a plus acute"                     -> latin small letter a with acute
-    item + "Summarize above image in one word: " + [RET]  -> any word of the name
+    clip + "describe the motion"                          -> latin small letter a slides upwards
+    item + "Summarize above image in one word: " + [RET]  -> any word of the name or description
 
-For the last kind the label is a distribution, 1/n on each of the n words of the name (the
+A fifth of both halves is of clips and their descriptions (MOVING): of 80 sequences 64 are the ones
+that there would be without any. For the last kind the label is a distribution, 1/n on each of the n
+words of the name (the
 expectation over "any one word", instead of a draw). To predict it, the state at [RET] must hold the
 whole content. The items are candidates; edits are answered but never summarised. A query with its
 instruction is rare here (INSTRUCTED), as it is in a real MLLM's pre-training: to obey one, and to
@@ -28,12 +31,14 @@ import random
 import shutil
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import support  # noqa: E402, F401  before torch: it says how threads wait
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from PIL import Image  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
@@ -46,15 +51,20 @@ from transformers import (  # noqa: E402
 from data import Benchmark  # noqa: E402
 from evaluate import Embedded, split_cells  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings  # noqa: E402
-from puma import PROMPT, PUMA, RET, load_config  # noqa: E402
+from puma import PROMPT, PUMA, RET, load_config, visual_of  # noqa: E402
 from support.files import check_option, clear_errors  # noqa: E402
 from support.report import score  # noqa: E402
+from support.run import autocast  # noqa: E402
 from toy.glyph_beir import (  # noqa: E402
+    CLIP_TASKS,
     INSTRUCTIONS,
     TARGET_FACE,
     TEST_QUERY_FACES,
+    VERBS,
     World,
+    animate,
     build,
+    clip_path,
     image_path,
     words,
 )
@@ -70,8 +80,12 @@ TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-NAME_IT = "name this character"
+NAME_IT, DESCRIBE_IT = "name this character", "describe the motion"
+MOVING = 0.2  # the share of clips and their descriptions, in the answers and in the summaries
 PLAIN_TASKS = (0, 2, 3, 4)  # the query names or shows its target: nothing to compose
+# This share of the clips is made of training pictures: the 136 characters that have clips, in two
+# typefaces each, are too few to learn that a moving character is the still one.
+ANIMATED = 0.75
 INSTRUCTED = (3_000, 0.005)  # from this step on, this share of the summaries is of such a query
 
 
@@ -83,25 +97,37 @@ class Corpus:
     """GlyphBEIR's training files as items with the name that each stands for.
 
     `queries[task]` and `candidates[modality]` are lists of (item, name); an item is what
-    `PUMA.collate` takes, with an image path. A query stands for the name of its target.
+    `PUMA.collate` takes, with an image path. A query stands for the name of its target. A clip and
+    its description (a modality of its own here: "description") stand for the description.
     """
 
     def __init__(self, data):
         self.data = Path(data)
         pool = read_jsonl(self.data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl")
         # Pools list characters in turn: a did stands for the last text candidate before it.
-        name_of, self.candidates = {}, {"text": [], "image": [], "image,text": []}
+        name_of, self.candidates = {}, {modality: [] for modality in (
+            "text", "image", "image,text", "video", "description")}
         for row in pool:
             name = row["txt"] if row["modality"] == "text" else name  # noqa: F821
             name_of[row["did"]] = name
-            self.candidates[row["modality"]].append((self.item(row["txt"], row["img_path"]), name))
+            item = self.item(row["txt"], row["img_path"], row.get("video_path"))
+            moving = row["modality"] == "text" and "video_path" in row
+            self.candidates["description" if moving else row["modality"]].append((item, name))
+        # Motions that a character is never seen in are held out.
+        self.motions = defaultdict(list)
+        for _, text in self.candidates["description"]:
+            motion = next(motion for motion, verb in VERBS.items() if text.endswith(f" {verb}"))
+            self.motions[text.removesuffix(f" {VERBS[motion]}")].append(motion)
         self.queries = {task: [] for task in INSTRUCTIONS}
-        for row in read_jsonl(self.data / "query/train/mbeir_glyph_train.jsonl"):
-            item = self.item(row["query_txt"], row["query_img_path"])
-            self.queries[row["task_id"]].append((item, name_of[row["pos_cand_list"][0]]))
+        for dataset in ("glyph", "motion"):
+            for row in read_jsonl(self.data / f"query/train/mbeir_{dataset}_train.jsonl"):
+                item = self.item(row["query_txt"], row["query_img_path"],
+                                 row.get("query_video_path"))
+                self.queries[row["task_id"]].append((item, name_of[row["pos_cand_list"][0]]))
 
-    def item(self, text, image):
-        return {"text": text, "image": str(self.data / image) if image else None}
+    def item(self, text, image, video=None):
+        image, video = (str(self.data / path) if path else None for path in (image, video))
+        return {"text": text, "image": image, "video": video}
 
     def texts(self):
         """All texts, to train the tokenizer on."""
@@ -109,11 +135,25 @@ class Corpus:
             yield from (item["text"] for item, _ in group if item["text"])
         for prompts in INSTRUCTIONS.values():
             yield from (prompt + ".\n" for prompt in prompts)
-        for kind in ("image", "sentence", "image and sentence") * 20:
+        yield from (NAME_IT, DESCRIBE_IT)
+        for kind in ("image", "video", "sentence", "image and sentence") * 20:
             yield PROMPT.format(kind)
 
+    def sample_clip(self, rng):
+        """A training clip, or a training picture that moves, and its description."""
+        if rng.random() >= ANIMATED:
+            return rng.choice(self.candidates["video"])
+        item, name = rng.choice(self.candidates["image"])
+        motion = rng.choice(self.motions.get(name) or list(VERBS))
+        with Image.open(item["image"]) as image:
+            frames = animate(image.convert("L"), motion, rng)
+        return {**item, "image": None, "video": frames}, f"{name} {VERBS[motion]}"
+
     def sample_answer(self, rng):
-        """An item with a question and the name that answers it."""
+        """An item with a question and the name or description that answers it."""
+        if rng.random() < MOVING:
+            item, description = self.sample_clip(rng)
+            return {**item, "text": DESCRIBE_IT}, description
         kind = rng.choices(("name", 1, 6), (0.6, 0.1, 0.3))[0]
         if kind == "name":
             item, name = rng.choice(self.candidates["image"])
@@ -123,10 +163,14 @@ class Corpus:
     def sample_summary(self, rng, instructed):
         """A candidate as retrieval will embed it, and its name; with the probability `instructed` a
         query with an instruction instead."""
-        if not instructed or rng.random() >= instructed:
-            kind = rng.choices(("text", "image", "image,text"), (1, 3, 1))[0]  # seeing is hardest
+        moving = rng.random() < MOVING
+        if not instructed or rng.random() >= instructed:  # mostly to be seen: that is hardest
+            kinds, shares = ((("video", "description"), (4, 1)) if moving
+                             else (("text", "image", "image,text"), (1, 3, 1)))
+            if (kind := rng.choices(kinds, shares)[0]) == "video":
+                return self.sample_clip(rng)
             return rng.choice(self.candidates[kind])
-        task = rng.choice(PLAIN_TASKS)
+        task = rng.choice(list(CLIP_TASKS) if moving else PLAIN_TASKS)
         item, name = rng.choice(self.queries[task])
         return {**item, "instruction": rng.choice(INSTRUCTIONS[task]) + "."}, name
 
@@ -184,18 +228,20 @@ def make_model(tokenizer, seed):
 
 
 class CachedPUMA(PUMA):
-    """Keeps the patches of every image that was read (about 1 GB in half precision)."""
+    """Keeps the patches of every file that was read (1.2 GB in half precision)."""
 
     def patches(self, items):
         if not hasattr(self, "cache"):
             self.cache = {}
-        paths = [item["image"] for item in items]
-        new = {path: item for path, item in zip(paths, items) if path not in self.cache}
-        if new:
+        # Frames of no file are new each time, and not kept.
+        names = [name if isinstance(name := visual_of(item), str) else id(item) for item in items]
+        found = {name: self.cache[name] for name in names if name in self.cache}
+        if new := {name: item for name, item in zip(names, items) if name not in found}:
             pixels, grids = super().patches(list(new.values()))
             parts = pixels.half().split(grids.prod(-1).tolist())
-            self.cache.update(zip(new, zip(parts, grids)))
-        parts, grids = zip(*(self.cache[path] for path in paths))
+            found |= zip(new, zip(parts, grids))
+            self.cache |= {name: found[name] for name in new if isinstance(name, str)}
+        parts, grids = zip(*(found[name] for name in names))
         return torch.cat(parts).float(), torch.stack(grids)
 
 
@@ -241,13 +287,19 @@ def word_distribution(puma, name):
 
 def loss_of(model, batch, positions, labels):
     """Mean cross-entropy at `positions` against the labels' distributions, in nats."""
-    batch = dict(batch)
-    grid = batch.pop("grid_thw", None)
-    hidden = model.model(
-        **batch, image_grid_thw=grid, use_cache=False
-    ).last_hidden_state  # (B, L, D)
-    logits = model.lm_head(hidden[positions])
-    return F.cross_entropy(logits, labels)
+    ids, config = batch["input_ids"], model.config
+    embeds = model.get_input_embeddings()(ids)
+    with autocast(model.device):
+        if "pixel_values" in batch:  # stills and clips in one go; the stock forward takes two
+            visual = model.model.visual(batch["pixel_values"], grid_thw=batch["grid_thw"])
+            slots = (ids == config.image_token_id) | (ids == config.video_token_id)
+            visual = visual.pooler_output.to(embeds.dtype)
+            embeds = embeds.masked_scatter(slots[..., None], visual)
+        hidden = model.model.language_model(
+            inputs_embeds=embeds, attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"], use_cache=False,
+        ).last_hidden_state  # (B, L, D)
+        return F.cross_entropy(model.lm_head(hidden[positions]), labels)
 
 
 def save_checkpoint(path, settings, step, model, optimizer, history):
@@ -290,19 +342,17 @@ def train(corpus, puma, model, args):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, history = state["step"], state["history"]
-    model.train()
+    model.train().set_attn_implementation("float32")  # see support/run.py
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, mininterval=10)
     started = time.time() - (history[-1]["seconds"] if history else 0)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
         rng = random.Random(f"{args.seed}-{step}")
-        answer = loss_of(model, *answer_batch(puma, corpus, rng, args.batch_size // 2))
+        instructed, half = INSTRUCTED[1] if step >= INSTRUCTED[0] else 0, args.batch_size // 2
+        answer = loss_of(model, *answer_batch(puma, corpus, rng, half))
         answer.backward()
-        instructed = INSTRUCTED[1] if step >= INSTRUCTED[0] else 0
-        summary = loss_of(
-            model, *summary_batch(puma, corpus, rng, args.batch_size // 2, instructed)
-        )
+        summary = loss_of(model, *summary_batch(puma, corpus, rng, half, instructed))
         summary.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -319,22 +369,27 @@ def train(corpus, puma, model, args):
 
 
 @torch.inference_mode()
-def name_accuracy(model, puma, pairs, batch_size=256):
-    """Share of (image path, name) pairs whose name is exactly right by greedy decoding."""
+def answers_to(model, puma, items, batch_size=256):
+    """The model's answers by greedy decoding to items with a question: all images or all clips."""
     model.eval()
-    right = 0
-    for start in tqdm(range(0, len(pairs), batch_size), desc="naming", leave=False):
-        chunk = pairs[start : start + batch_size]
-        items = [{"image": image, "text": NAME_IT} for image, _ in chunk]
-        batch = puma.collate(items, [puma.after_ids] * len(items))
-        batch["image_grid_thw"] = batch.pop("grid_thw")
-        batch["mm_token_type_ids"] = (batch["input_ids"] == model.config.image_token_id).int()
+    answers, config = [], model.config
+    for start in tqdm(range(0, len(items), batch_size), desc="answers", leave=False):
+        chunk = items[start : start + batch_size]
+        batch = puma.collate(chunk, [puma.after_ids] * len(chunk))
+        ids, grid, pixels = batch["input_ids"], batch.pop("grid_thw"), batch.pop("pixel_values")
+        batch["mm_token_type_ids"] = ((ids == config.image_token_id).int()
+                                      + 2 * (ids == config.video_token_id).int())
+        batch |= ({"pixel_values_videos": pixels, "video_grid_thw": grid} if chunk[0].get("video")
+                  else {"pixel_values": pixels, "image_grid_thw": grid})
         del batch["position_ids"]  # generate() makes its own, for the growing sequence
         out = model.generate(**batch, do_sample=False, max_new_tokens=40)
-        new = out[:, batch["input_ids"].shape[1] :]
-        answers = puma.tokenizer.batch_decode(new, skip_special_tokens=True)
-        right += sum(answer == name for answer, (_, name) in zip(answers, chunk))
-    return right / len(pairs)
+        answers += puma.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+    return answers
+
+
+def share_of(flags):
+    flags = list(flags)
+    return sum(flags) / len(flags)
 
 
 def measure(folder, data):
@@ -346,9 +401,20 @@ def measure(folder, data):
     for kind, chars in (("seen", world.seen), ("zero-shot", sorted(world.zero))):
         for face in (TARGET_FACE, TEST_QUERY_FACES[0]):
             drawn = [char for char in chars if world.drawable(char, [face])]
-            pairs = [(str(Path(data, image_path(char, face))), world.names[char]) for char in drawn]
-            accuracy = name_accuracy(model, puma, pairs)
-            figures[f"names exactly right, {face}, {kind} characters"] = accuracy
+            items = [{"image": str(Path(data, image_path(char, face))), "text": NAME_IT}
+                     for char in drawn]
+            figures[f"names exactly right, {face}, {kind} characters"] = share_of(
+                answer == world.names[char]
+                for char, answer in zip(drawn, answers_to(model, puma, items)))
+    for kind, split in (("seen", "test"), ("zero-shot", "zero")):
+        clips = sorted(pair for pair, own in world.motion_split.items() if own == split)
+        paths = [Path(data, clip_path(char, TEST_QUERY_FACES[0], motion)) for char, motion in clips]
+        items = [{"video": str(path), "text": DESCRIBE_IT} for path in paths]
+        answers = answers_to(model, puma, items)
+        figures[f"descriptions of held-out clips exactly right, {kind} characters"] = share_of(
+            answer == world.description(*clip) for clip, answer in zip(clips, answers))
+        figures[f"their motions right, {kind} characters"] = share_of(
+            answer.endswith(f" {VERBS[motion]}") for (_, motion), answer in zip(clips, answers))
 
     benchmark = Benchmark(data)
     cells = split_cells(benchmark, "test")
@@ -361,10 +427,13 @@ def measure(folder, data):
                         lambda items: puma.encode(items, forward=states_of))
     for layers in range(depth, 0, -1):
         result = score(cells, embedded.rank(cells, layers))
-        for split, average in (("seen", "average"), ("zero-shot", "average_zero")):
+        for kind, start in (("seen", "glyph"), ("zero-shot", "zero_glyph"), ("clips", "motion"),
+                            ("zero-shot clips", "zero_motion")):
             for pool in ("local", "global"):
-                key = f"hit rate @5 read after layer {layers}, {split}, {pool} pools"
-                figures[key] = result[average][pool]["hit_rate@5"]
+                rates = [cell[pool]["hit_rate@5"] for name, cell in result["cells"].items()
+                         if name.startswith(start)]
+                key = f"hit rate @5 read after layer {layers}, {kind}, {pool} pools"
+                figures[key] = sum(rates) / len(rates)
     return figures
 
 
@@ -382,14 +451,14 @@ def export(model, puma, history, args):
         "",
         "A real `Qwen2VLForConditionalGeneration`, only small: "
         f"{model.num_parameters():,} parameters, 8 decoder layers of width 128, 2 vision blocks, "
-        "56 x 56 pixel images = 4 visual tokens. It knows Unicode glyphs and their names "
-        "(GlyphBEIR's training files) and has never seen a contrastive loss. Made by",
+        "56 x 56 pixel images = 4 visual tokens. It knows Unicode glyphs, their names and how some "
+        "of them move (GlyphBEIR's training files) and has never seen a contrastive loss. Made by",
         "",
         f"    python toy/pretrain.py --steps {args.steps} --batch-size {args.batch_size} "
         f"--lr {args.lr} --seed {args.seed}",
         "",
-        f"in {history[-1]['seconds'] / 60:.0f} minutes on two CPU cores (other work ran beside "
-        "it). Final losses, nats, mean of the last 500 steps: "
+        f"in {history[-1]['seconds'] / 60:.0f} minutes on one CPU core (other work ran beside it). "
+        "Final losses, nats, mean of the last 500 steps: "
         f"answers {sum(h['answer'] for h in history[-10:]) / 10:.3f}, "
         f"one-word summaries {sum(h['summary'] for h in history[-10:]) / 10:.3f}.",
         "",
@@ -407,8 +476,8 @@ def main():
     parser.add_argument("--data", default="data/glyph_beir", help="GlyphBEIR; written when absent")
     parser.add_argument("--out", default="runs/tiny-qwen2-vl", help="the finished model's folder")
     parser.add_argument("--work", default="runs/pretrain", help="folder of the checkpoint")
-    parser.add_argument("--steps", type=int, default=10_000, help="about 0.35 s each on two cores")
-    parser.add_argument("--batch-size", type=int, default=64, help="sequences a step")
+    parser.add_argument("--steps", type=int, default=10_000, help="0.4 to 0.6 s each on one core")
+    parser.add_argument("--batch-size", type=int, default=80, help="sequences a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="weights and batches follow from it")
     parser.add_argument("--measure", nargs="?", const="toy/tiny-qwen2-vl", metavar="FOLDER",

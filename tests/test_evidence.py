@@ -1,0 +1,121 @@
+"""toy/evidence.py: its search for a temperature, its statistics and tables; it resumes."""
+
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mac_loss import mac_loss
+from support.files import write_json
+from toy import evidence
+
+WORLD, OTHER = evidence.WORLDS
+
+
+def settings(loss="InfoNCE", mix=2, tau=0.05, **more):
+    return evidence.settings_of(WORLD, loss, mix, tau, **more)
+
+
+def put(folder, local, wide, seed=0, **named):
+    name = evidence.run_id(settings(**named))
+    write_json(folder / f"{name} seed={seed}.json", {
+        "id": name, "seed": seed, "local": local, "global": wide, "wrong modality": 0.1})
+
+
+def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
+    names = set()
+    for world in evidence.WORLDS:
+        for loss in evidence.LOSSES:
+            for mix in evidence.MIXES:
+                for tau in evidence.TAUS:
+                    one = evidence.settings_of(world, loss, mix, tau)
+                    names.add(evidence.run_id(one))
+                    own = {k: v for k, v in one.items() if k != "variant"}
+                    replace(evidence.BASE, **own).check()
+    assert len(names) == 2 * len(evidence.LOSSES) * len(evidence.MIXES) * len(evidence.TAUS)
+    assert not any("/" in name for name in names)  # they name files
+
+
+@pytest.mark.parametrize("quality, tried", [
+    ({0.03: 1, 0.05: 2, 0.08: 1}, [0.03, 0.05, 0.08]),
+    ({0.03: 1, 0.05: 2, 0.08: 3, 0.12: 2}, [0.03, 0.05, 0.08, 0.12]),
+    ({0.01: 3, 0.02: 4, 0.03: 3, 0.05: 2, 0.08: 1}, [0.01, 0.02, 0.03, 0.05, 0.08]),
+])
+def test_tau_is_followed_in_both_directions_until_it_gets_worse(quality, tried, monkeypatch,
+                                                                tmp_path):
+    runs = []
+
+    def run_one(own, seed, folder):
+        runs.append(own["temperature"])
+        return dict.fromkeys(("local", "global"), quality[own["temperature"]])
+
+    monkeypatch.setattr(evidence, "run_one", run_one)
+    evidence.follow_tau(WORLD, "InfoNCE", 2, tmp_path)
+    assert sorted(runs) == tried
+
+
+def test_the_variants_of_the_trials_are_the_papers_turned_round():
+    assert evidence.risen(0.05, 0.0, 0.5) == pytest.approx(0.05 * math.exp(-0.5))
+    assert evidence.risen(0.05, 0.5, 0.5) == evidence.risen(0.05, 1.0, 0.5) == 0.05
+    query, target, modality = torch.randn(3, 4), torch.randn(3, 4), torch.tensor([0, 0, 1])
+    swapped, usual = (loss(query, target, modality=modality, temperature=a, tau_hard=b)
+                      for loss, a, b in ((evidence.swapped, 0.2, 0.1), (mac_loss, 0.1, 0.2)))
+    assert swapped == usual
+
+
+def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp_path):
+    put(tmp_path, 0.8, 0.5, tau=0.03)
+    put(tmp_path, 0.7, 0.9, tau=0.05)
+    put(tmp_path, 0.75, 0.8, tau=0.05, mix=evidence.ALL)
+    lines = evidence.final_lines(tmp_path, WORLD)
+    assert lines == {
+        "InfoNCE": settings(tau=0.05, stage2_steps=480, split="test"),
+        "InfoNCE, best local": settings(tau=0.03, stage2_steps=480, split="test")}
+    assert evidence.final_lines(tmp_path, OTHER) == {}
+    assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (
+        evidence.grid_table(tmp_path, WORLD))
+
+
+def test_paired_differences_have_students_interval():
+    values, reference = {0: 5.0, 1: 7.0, 2: 6.5, 9: 100.0}, {0: 4.0, 1: 5.0, 2: 6.0, 3: -50.0}
+    count, mean, half = evidence.paired(values, reference)
+    differences = [1.0, 2.0, 0.5]  # seeds 9 and 3 have no partner
+    assert count == 3 and mean == pytest.approx(statistics.mean(differences))
+    assert half == pytest.approx(4.303 * statistics.stdev(differences) / math.sqrt(3))
+
+
+def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
+    put(tmp_path, 0.7, 0.7)
+    put(tmp_path, 0.7, 0.5, loss="MAC-Loss")
+    for seed, (one, other) in enumerate([(0.80, 0.83), (0.70, 0.74)]):
+        for loss, value in (("InfoNCE", one), ("MAC-Loss", other)):
+            put(tmp_path, value, 0.5, seed, loss=loss, stage2_steps=480, split="test")
+            path = next(path for path in tmp_path.glob(f"*split=test*seed={seed}.json")
+                        if ("infonce" in path.name) == (loss == "InfoNCE"))
+            premise = {f"premise {when}": {"cosine to the positive": value}
+                       for when in ("before", "after")}
+            write_json(path, json.loads(path.read_text()) | premise)
+    (docs := tmp_path / "docs").mkdir()
+    evidence.write_report(tmp_path, docs)
+    text = (docs / "evidence.md").read_text(encoding="utf-8")
+    half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
+    assert "| InfoNCE | 2 tasks a batch, 0.05 | 2 | 75.0 |  | 50.0 |  | 10.0 |  |" in text
+    assert f"| MAC-Loss | 2 tasks a batch, 0.05 | 2 | 78.5 | +3.5 ± {half:.1f} | " in text
+    assert len(json.loads((docs / "evidence.json").read_text())) == 6
+    assert (docs / "evidence.png").exists()
+
+
+def test_a_report_without_results_leaves_the_docs_alone(tmp_path):
+    (docs := tmp_path / "docs").mkdir()
+    (docs / "evidence.json").write_text("of five seeds")
+    with pytest.raises(FileNotFoundError, match="expected the results of runs, found none"):
+        evidence.write_report(tmp_path, docs)
+    assert (docs / "evidence.json").read_text() == "of five seeds"
+
+
+def test_a_run_that_has_its_file_is_not_done_again(tmp_path):
+    put(tmp_path, 0.5, 0.25)
+    assert evidence.run_one(settings(), 0, tmp_path)["global"] == 0.25

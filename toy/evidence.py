@@ -1,0 +1,502 @@
+"""What a batch is made of decides what a loss can teach: the trials behind the README's claims.
+
+    python toy/evidence.py             # everything; hours on two cores, goes on where it stopped
+    python toy/evidence.py grid        # one part: grid, finals, depth, distil
+    python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
+
+Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
+length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
+tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
+may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
+dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
+the test queries, `depth` asks whether half the layers catch up with training, `distil` whether
+stage 1 brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
+`runs/evidence`; a run whose file is there is not done again.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("TQDM_DISABLE", "1")  # side by side, progress bars would mix
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import support  # noqa: E402, F401  before torch: it says how threads wait
+import torch  # noqa: E402
+
+import evaluate  # noqa: E402
+import train  # noqa: E402
+from data import Benchmark  # noqa: E402
+from mac_loss import mac_loss  # noqa: E402
+from puma import PUMA  # noqa: E402
+from settings import Config  # noqa: E402
+from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
+from support.pictures import plt  # noqa: E402
+from support.report import modality_confusion, score  # noqa: E402
+from support.run import Run  # noqa: E402
+from toy.glyph_beir import build, direction, premise  # noqa: E402
+
+# What the tables compare is written out, so that new defaults of train.py do not change them.
+BASE = Config(model="toy/tiny-qwen2-vl", keep_layers=4, stage1_steps=0, stage2_steps=240,
+              batch_size=128, lr=3e-3, warmup=0.03, stage1_temperature=0.05, temperature=0.05,
+              decay=0.5, distill_scale=1.0, workers=0, eval=False)
+WORLDS = {"one dataset": "data/glyph_beir", "four domains": "data/domains"}
+TAUS, START = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2), 3
+ALL = 100  # tasks a batch: more than there are
+MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
+
+
+def risen(tau, progress, decay):
+    return tau * math.exp(-decay * (1 - min(1, 2 * progress)))
+
+
+def swapped(query, target, *, temperature, tau_hard, **about):
+    return mac_loss(query, target, temperature=tau_hard, tau_hard=temperature, **about)
+
+
+# What takes the place of a function in train.py; none of them is in the paper.
+VARIANTS = {"rising": ("hard_temperature", risen), "inverted": ("mac_loss", swapped)}
+LOSSES = {  # name -> settings
+    "InfoNCE": {"loss": "infonce"},
+    "MAC-Loss": {},
+    "InfoNCE + offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    "MAC-Loss, rising": {"variant": "rising"},  # hard first, then soft: the other way round
+    "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
+}
+DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
+LABELS, TEACHING = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
+TEACHERS = {"no teacher": 0.0, "0.9 InfoNCE + 0.1 distillation": 0.1, "distillation alone": 1.0}
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+def run_id(settings):
+    """The settings that differ from BASE, as text: the same run may stand in several tables."""
+    own = {key: value for key, value in settings.items() if key in ("variant", "split")}
+    base = asdict(BASE)
+    config = asdict(replace(BASE, **{k: v for k, v in settings.items() if k not in own}))
+    changed = {key: value for key, value in config.items() if value != base[key]} | own
+    return " ".join(f"{k}={str(v).replace('/', '_')}" for k, v in sorted(changed.items())) or "base"
+
+
+def run_one(settings, seed, folder):
+    """Train and score one model, unless its file is there; -> its results."""
+    path = folder / f"{run_id(settings)} seed={seed}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    torch.set_num_threads(1)
+    settings, started, device = dict(settings), time.time(), torch.device("cpu")
+    split = settings.pop("split", "val")
+    name, function = VARIANTS.get(settings.pop("variant", None), ("mac_loss", mac_loss))
+    config = replace(BASE, seed=seed, **settings)
+    torch.manual_seed(seed)
+    benchmark = Benchmark(config.data)  # the same instructions for every seed
+    student = train.load_student(config, device)
+    teacher = train.load_teacher(config, student, device)
+    sets = {stage: train.train_set(Benchmark(config.data, seed), config, stage)
+            for stage in (1, 2)}
+    result = {"id": path.name.rpartition(" seed=")[0], "seed": seed}
+    if split == "test":  # the premise before and after
+        result["premise before"] = premise(student, config.data, config.tasks_per_batch)
+    run = Run(work := folder / f"work-{os.getpid()}")
+    train.remember_images(student, sets.values(), config)
+    usual = getattr(train, name)
+    setattr(train, name, function)
+    try:
+        for stage, dataset in sets.items():
+            if not len(dataset):
+                continue
+            if stage == 1:
+                result["apart before"] = apart(student, benchmark, device)
+            train.train_stage(stage, student, teacher if stage == 1 else None, dataset, config, run)
+            if stage == 1:
+                result["apart after"] = apart(student, benchmark, device)
+    finally:
+        setattr(train, name, usual)
+    student.remembered = {}
+    if split == "test":
+        result["premise after"] = premise(student, config.data, config.tasks_per_batch)
+        if benchmark.root.joinpath("query/train/mbeir_motion_train.jsonl").exists():
+            result["direction"] = [direction(student, config.data, shuffled=mixed)
+                                   for mixed in (False, True)]
+    result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
+    shutil.rmtree(work)
+    write_json(path, result)
+    print(f"{result['seconds']} s: {result['local']:.1%} {result['global']:.1%} {path.stem}",
+          flush=True)
+    return result
+
+
+def scores(model, benchmark, split):
+    """Hit rate @5 on 200 queries of each task, and whether the modality was right."""
+    cells = [cell for cell in evaluate.split_cells(benchmark, split, limit=200)
+             if not cell.name.startswith("zero_")]
+    embedded = evaluate.Embedded(benchmark, cells, split, lambda items: model.encode(items))
+    rankings = embedded.rank(cells)
+    confusion = modality_confusion(cells, rankings, lambda key: embedded.union.modality[
+        embedded.row(key)])
+    quality = score(cells, rankings)
+    return {**{pool: quality["average"][pool]["hit_rate@5"] for pool in ("local", "global")},
+            "wrong modality": statistics.mean(c["wrong modality"] for c in confusion.values()),
+            "cells": {name: [entry[pool]["hit_rate@5"] for pool in ("local", "global")]
+                      for name, entry in quality["cells"].items()}}
+
+
+def apart(student, benchmark, device):
+    """How far student and unpruned MLLM are apart on queries that training does not see: mean
+    squared distance of their states, which is what distillation lowers, and mean cosine."""
+    items = [item for cell in benchmark.cells("val", 24) for item in cell.items]
+    teacher = PUMA.from_pretrained(BASE.model, device=device).eval()
+    own, other = (model.encode(items, normalize=False) for model in (student, teacher))
+    return {"distance": (own - other).square().mean().item(),
+            "cosine": torch.cosine_similarity(own, other, dim=1).mean().item()}
+
+
+def settings_of(world, loss, mix, tau, **more):
+    return {"data": WORLDS[world], "tasks_per_batch": mix, "temperature": tau,
+            **LOSSES[loss], **more}
+
+
+def mean_of_pools(result):
+    return (result["local"] + result["global"]) / 2
+
+
+def local_alone(result):
+    return result["local"]
+
+
+CRITERIA = {"": mean_of_pools, ", best local": local_alone}  # how a loss's best run is chosen
+
+
+def follow_tau(world, loss, mix, folder):
+    """Outward from 0.05 in both directions as long as it gets better, by each criterion."""
+    runs = {}
+
+    def run(place):
+        if place not in runs:
+            runs[place] = run_one(settings_of(world, loss, mix, TAUS[place]), 0, folder)
+        return runs[place]
+
+    for value in CRITERIA.values():
+        for step in (1, -1):
+            place = START
+            while 0 <= place + step < len(TAUS) and value(run(place + step)) > value(run(place)):
+                place += step
+
+
+def side_by_side(jobs, workers):
+    """Run (function, *arguments) jobs in processes of one thread each."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(*job) for job in jobs]):
+            future.result()
+
+
+def grid(folder, workers):
+    side_by_side([(follow_tau, world, loss, mix, folder)
+                  for loss in LOSSES for world in WORLDS for mix in MIXES], workers)
+
+
+def tried(folder, world, loss):
+    """{(mix, tau): result} of the grid's runs that are there."""
+    found = {}
+    for mix in MIXES:
+        for tau in TAUS:
+            path = folder / f"{run_id(settings_of(world, loss, mix, tau))} seed=0.json"
+            if path.exists():
+                found[mix, tau] = json.loads(path.read_text())
+    return found
+
+
+def best(folder, world, loss, value):
+    """(mix, tau) of the best run of the grid by `value(result)`; None if there is none."""
+    runs = tried(folder, world, loss)
+    return max(runs, key=lambda key: value(runs[key]), default=None)
+
+
+def final_lines(folder, world):
+    """{line of the table: settings}: each loss at its best, by both pools and by local alone."""
+    lines = {}
+    for why, value in CRITERIA.items():
+        for loss in LOSSES:
+            if choice := best(folder, world, loss, value):
+                lines[loss + why] = settings_of(world, loss, *choice, stage2_steps=480,
+                                                split="test")
+    return lines
+
+
+def finals(folder, workers, seeds=5):
+    jobs = {}  # the same settings may be the best by both
+    for seed in range(seeds):
+        for world in WORLDS:
+            for settings in final_lines(folder, world).values():
+                jobs[run_id(settings), seed] = run_one, settings, seed, folder
+    side_by_side(jobs.values(), workers)
+
+
+def depth_settings(folder, keep, steps):
+    choice = best(folder, "one dataset", "InfoNCE", mean_of_pools)
+    if choice is None:
+        raise ValueError(f"{folder}: expected results; run `python toy/evidence.py grid` first")
+    mix, tau = choice
+    return settings_of("one dataset", "InfoNCE", mix, tau, keep_layers=keep, stage2_steps=steps,
+                       split="test")
+
+
+def depth(folder, workers, seeds=3):
+    side_by_side([(run_one, depth_settings(folder, keep, steps), seed, folder)
+                  for seed in range(seeds) for steps in LENGTHS for keep in DEPTHS], workers)
+
+
+def distil_settings(labels, steps, weight):
+    return {"loss": "infonce", "tasks_per_batch": ALL, "labels": labels, "stage1_steps": steps,
+            "distill_weight": weight}
+
+
+def distil(folder, workers, seeds=3):
+    side_by_side([(run_one, distil_settings(labels, steps, weight), seed, folder)
+                  for seed in range(seeds) for labels in LABELS for steps in TEACHING
+                  for weight in TEACHERS.values()], workers)
+
+
+# ---- tables and pictures -------------------------------------------------------------------------
+
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # t, 1 to 9 degrees
+
+
+def paired(values, reference):
+    """Number of seeds both have, mean difference over them, half its 95 % interval's width."""
+    differences = [values[seed] - reference[seed] for seed in values.keys() & reference.keys()]
+    if len(differences) < 2:
+        return len(differences), sum(differences), math.nan
+    spread = statistics.stdev(differences) / math.sqrt(len(differences))
+    return len(differences), statistics.mean(differences), T95[len(differences) - 2] * spread
+
+
+def results_of(folder, settings):
+    return [json.loads(path.read_text()) for path in folder.glob("*.json")
+            if path.name.rpartition(" seed=")[0] == run_id(settings)]
+
+
+def values_of(folder, settings, column):
+    """{seed: percent} of a line's runs that are there."""
+    return {run["seed"]: 100 * run[column] for run in results_of(folder, settings)}
+
+
+def grid_table(folder, world):
+    """Markdown: local / global by loss, batch mix and tau; the loss's best in bold."""
+    lines = ["| loss | batch | " + " | ".join(f"tau {tau}" for tau in TAUS) + " |",
+             "|---|---|" + "---|" * len(TAUS)]
+    for loss in LOSSES:
+        runs, choice = tried(folder, world, loss), best(folder, world, loss, mean_of_pools)
+        for mix, name in MIXES.items():
+            cells = [f"{100 * run['local']:.1f} / {100 * run['global']:.1f}" if run else ""
+                     for run in (runs.get((mix, tau)) for tau in TAUS)]
+            if choice and choice[0] == mix:
+                place = TAUS.index(choice[1])
+                cells[place] = f"**{cells[place]}**"
+            if any(cells):
+                lines.append(f"| {loss} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def finals_table(folder, world):
+    """Markdown: each line's mean, its difference to InfoNCE's, paired by seed, and its setting."""
+    columns, lines = ("local", "global", "wrong modality"), final_lines(folder, world)
+    rows = ["| loss | batch, tau | seeds | " + " | ".join(f"{c} | against InfoNCE"
+                                                         for c in columns) + " |",
+            "|---|---|---|" + "---|---|" * len(columns)]
+    for name, settings in lines.items():
+        cells, seeds = [], 0
+        first = lines.get("InfoNCE" + (", best local" if name.endswith("local") else ""), settings)
+        for column in columns:
+            values = values_of(folder, settings, column)
+            if not (seeds := len(values)):
+                break
+            common, mean, half = paired(values, values_of(folder, first, column))
+            cells.append(f"{statistics.mean(values.values()):.1f}")
+            cells.append("" if settings == first or common < 2 else f"{mean:+.1f} ± {half:.1f}")
+        if seeds:
+            batch = f"{MIXES[settings['tasks_per_batch']]}, {settings['temperature']}"
+            rows.append(f"| {name} | {batch} | {seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+PREMISE = ("cosine to the positive", "cosine to intra-modality negatives",
+           "cosine to inter-modality negatives", "share of negatives of another modality",
+           "share of hardest negatives of another modality",
+           "share of hardest negatives of another dataset")
+
+
+def premise_table(folder, world):
+    """Markdown: the premise in batches as each final trained on, before and after; direction."""
+    rows = ["| loss | | " + " | ".join(PREMISE) + " | clips told from their reverse, shuffled |",
+            "|---|---|" + "---|" * (len(PREMISE) + 1)]
+    for name, settings in final_lines(folder, world).items():
+        found = results_of(folder, settings)
+        for when in ("before", "after") if found else ():
+            means = [f"{statistics.mean(r[f'premise {when}'].get(line, 0) for r in found):.2f}"
+                     for line in PREMISE]
+            told = [f"{100 * statistics.mean(part):.0f}" for part in zip(
+                *(r["direction"] for r in found if "direction" in r))] if when == "after" else []
+            rows.append(f"| {name} | {when} | " + " | ".join([*means, ", ".join(told)]) + " |")
+    return "\n".join(rows)
+
+
+def depth_table(folder):
+    """Markdown: local / global by layers kept and steps."""
+    if not best(folder, "one dataset", "InfoNCE", mean_of_pools):
+        return ""
+    rows = ["| layers | " + " | ".join(f"{steps} steps" for steps in LENGTHS) + " |",
+            "|---|" + "---|" * len(LENGTHS)]
+    found = False
+    for keep in DEPTHS:
+        pairs = [[values_of(folder, depth_settings(folder, keep, steps), pool).values()
+                  for pool in ("local", "global")] for steps in LENGTHS]
+        cells = [" / ".join(f"{statistics.mean(values):.1f}" for values in pair) if pair[0] else ""
+                 for pair in pairs]
+        found |= any(cells)
+        rows.append(f"| {keep} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if found else ""
+
+
+def distil_table(folder):
+    """Markdown: local hit rate by labels and steps of stage 1; distance to the teacher."""
+    rows = ["| labels | stage 1 | " + " | ".join(f"{name} | distance, before to after"
+                                                for name in TEACHERS) + " |",
+            "|---|---|" + "---|---|" * len(TEACHERS)]
+    for labels, share in LABELS.items():
+        for steps in TEACHING:
+            cells = []
+            for weight in TEACHERS.values():
+                found = results_of(folder, distil_settings(labels, steps, weight))
+                if not found:
+                    break
+                means = [statistics.mean(value(run) for run in found) for value in (
+                    lambda run: 100 * run["local"], lambda run: run["apart before"]["distance"],
+                    lambda run: run["apart after"]["distance"])]
+                cells += [f"{means[0]:.1f}", f"{means[1]:.2f} to {means[2]:.2f}"]
+            if len(cells) == 2 * len(TEACHERS):
+                rows.append(f"| {share} | {steps} steps | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 2 else ""
+
+
+def draw(path, folder):
+    """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
+
+    Arrows lead from InfoNCE to MAC-Loss: what the loss does, all else equal.
+    """
+    figure, axes = plt.subplots(1, len(WORLDS), figsize=(10.5, 4.6), sharey=True)
+    for axis, (world, data) in zip(axes, WORLDS.items()):
+        for mix, marker in zip(MIXES, "os"):
+            ends = {}
+            for loss, colour in zip(LOSSES, ("tab:blue", "tab:red", "tab:green", "0.6", "0.3")):
+                runs = {tau: run for (m, tau), run in tried(folder, world, loss).items()
+                        if m == mix}
+                if not runs:
+                    continue
+                run = max(runs.values(), key=mean_of_pools)
+                ends[loss] = 100 * run["local"], 100 * run["global"]
+                axis.plot(*ends[loss], marker, color=colour, markersize=9,
+                          label=f"{loss}, {MIXES[mix]}")
+            if {"InfoNCE", "MAC-Loss"} <= ends.keys():
+                axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
+                              arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
+                                          "shrinkB": 7})
+        axis.set(title=f"{world} ({data})", xlabel="local pools: hit rate @5, %")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("global pool: hit rate @5, %")
+    handles = {label: handle for axis in axes
+               for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=90, bbox_inches="tight")
+    plt.close(figure)
+
+
+def write_report(folder, docs):
+    """docs/evidence.json, .md and .png of the results in `folder`."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
+    if not results:  # the tables that are there are worth more than empty ones
+        raise FileNotFoundError(f"{folder}: expected the results of runs, found none")
+    lines = ",\n".join(map(json.dumps, results))  # one run a line
+    write_text(docs / "evidence.json", f"[\n{lines}\n]\n")
+    text = [f"# Evidence\n\nMade by `python toy/evidence.py`: hit rate @5, %, mean over the tasks, "
+            f"local pools / global pool; {BASE.keep_layers} layers, batches of {BASE.batch_size} "
+            "pairs, no stage 1.",
+            f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
+            "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
+            "bold: the loss's best by the mean."]
+    text += [f"### {world}\n\n{grid_table(folder, world)}" for world in WORLDS]
+    tables = {world: finals_table(folder, world) for world in WORLDS}
+    if any(tables.values()):
+        text.append("## Finals\n\nTest queries, 480 steps, each loss at its best setting of the "
+                    "grid (of 240 steps), by both pools or by local ones alone; differences are "
+                    "paired by seed, ± half of the 95 % interval. Wrong modality: share of first "
+                    "places on the global pool.")
+        text += [f"### {world}\n\n{tables[world]}\n\n{premise_table(folder, world)}"
+                 for world in WORLDS if tables[world]]
+    if table := depth_table(folder):
+        text.append(f"## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds.\n\n"
+                    f"{table}")
+    if table := distil_table(folder):
+        text.append("## Distillation\n\nValidation queries, local pools, mean of the seeds: stage "
+                    f"1 as given, then {BASE.stage2_steps} steps of InfoNCE, all tasks. Distance: "
+                    "mean squared difference to the unpruned MLLM's states, of queries that "
+                    f"training does not see, before and after stage 1.\n\n{table}")
+    write_text(docs / "evidence.md", "\n\n".join(text) + "\n\n![Local against global](evidence.png)"
+               "\n")
+    draw(docs / "evidence.png", folder)
+
+
+PARTS = {"grid": grid, "finals": finals, "depth": depth, "distil": distil}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs side by side")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/evidence", help="its subfolders")
+    parser.add_argument("--report", action="store_true", help="only write the tables and pictures")
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"unknown part {sorted(unknown)[0]}: choose from {', '.join(PARTS)}")
+    with clear_errors():
+        run(args)
+
+
+def run(args):
+    """Do what has no result yet, part by part, and write the report after each."""
+    check_option("--workers", args.workers, int, 1, 1024)
+    args.work = args.work.absolute()
+    os.chdir(ROOT)  # the paths in Config are relative to the repository
+    weights = Path(BASE.model, "model.safetensors").read_bytes()
+    args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
+    evaluate.ensure_data(BASE.data)
+    if not Path(WORLDS["four domains"]).exists():
+        print(build(WORLDS["four domains"], domains=True), flush=True)
+    for world in WORLDS.values():  # another MLLM or another world has other results
+        weights += Path(world, "query/union_train/mbeir_union_up_train.jsonl").read_bytes()
+    args.work /= hashlib.sha256(weights).hexdigest()[:8]
+    if not args.report:
+        args.work.mkdir(exist_ok=True)
+        for part in args.parts or PARTS:
+            PARTS[part](args.work, args.workers)
+            write_report(args.work, ROOT / "docs")
+    write_report(args.work, ROOT / "docs")
+    print((ROOT / "docs/evidence.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
