@@ -94,8 +94,8 @@ TASKS = {
 EDIT_TASKS = (1, 6, 7, 8)  # the query names a relation, the target is the other character
 CLIP_DATASET, CLIP_DATASET_ID = "motion", 11
 # Few characters: only if clips of the same one meet in a batch, the loss asks how it moves.
-# (Seen, zero-shot.) What is held out is drawn over more of them, those that tiny-qwen2-vl saw move.
-CLIP_CHARACTERS, CAN_MOVE = (24, 8), (123, 13)
+# What is held out is drawn over more of them (seen, zero-shot): tiny-qwen2-vl saw those move.
+CLIP_CHARACTERS, CAN_MOVE = {True: 12, False: 12, "zero": 8}, (123, 13)
 CONTENT = ("txt", "img_path", "video_path")  # of a candidate's line
 CLIP_TASKS = {9: ("text", "video"), 10: ("video", "text")}  # ours: M-BEIR has no video
 # A motion and its reverse: the same frames in the other order. Blinking has none.
@@ -325,11 +325,14 @@ class World:
         for i, (char, pair) in enumerate(seen):
             split = "test" if i < test else "val" if i < val else "train"
             self.motion_split |= {(char, motion): split for motion in pair}
-        self.moving = [char for held_out, count in zip((False, True), CLIP_CHARACTERS)
-                       for char in [c for c in self.moving if (c in self.zero) == held_out][:count]]
-        self.motion_split = {(char, motion): split
-                             for (char, motion), split in self.motion_split.items()
-                             if char in self.moving}
+        groups = defaultdict(list)  # half of the seen ones have a motion for validation
+        for char in self.moving:
+            groups["zero" if char in self.zero else
+                   "val" in (self.motion_split[char, motion] for motion in VERBS)].append(char)
+        self.moving = [char for kind, count in CLIP_CHARACTERS.items()
+                       for char in groups[kind][:count]]
+        self.motion_split = {pair: split for pair, split in self.motion_split.items()
+                             if pair[0] in self.moving}
 
     def has(self, task, char):
         """Is it a task of the dataset that this character belongs to?"""
