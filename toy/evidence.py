@@ -1,7 +1,7 @@
 """What a batch is made of decides what a loss can teach: the trials behind the README's claims.
 
     python toy/evidence.py             # everything; hours on two cores, goes on where it stopped
-    python toy/evidence.py grid        # one part: grid, finals, depth, distil
+    python toy/evidence.py grid        # one part: grid, finals, depth, layers, distil
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
@@ -9,12 +9,14 @@ length) follows tau outward from 0.05 until it gets no better, for each loss, fo
 tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
 may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
 dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
-the test queries, `depth` asks whether half the layers catch up with training, `distil` whether
-stage 1 brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
+the test queries, `depth` asks whether half the layers catch up with training, `layers` what a look
+at the untrained model would choose, `distil` whether stage 1 brings the student nearer to its
+teacher, and when that pays. A run leaves one JSON file in
 `runs/evidence`; a run whose file is there is not done again.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -37,8 +39,9 @@ import torch  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
-from data import Benchmark  # noqa: E402
+from data import Benchmark, TrainSet, duplicate_mask  # noqa: E402
 from mac_loss import mac_loss  # noqa: E402
+from prune_distill import find_decoder, layer_embeddings, prune_layers  # noqa: E402
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
@@ -259,6 +262,31 @@ def depth(folder, workers, seeds=3):
                   for seed in range(seeds) for steps in LENGTHS for keep in DEPTHS], workers)
 
 
+def layers(folder, workers=1):
+    """What may be seen without training: contrastive loss and hit rate after every depth, the
+    latter also without the last kept layer's MLP, as FreeRet (arXiv 2509.24621) reads MLLMs out."""
+    path = folder / "layers.json"
+    if path.exists():
+        return
+    model, data = PUMA.from_pretrained(BASE.model).eval(), WORLDS["one dataset"]
+    benchmark, losses, result = Benchmark(data), [], {}
+    for batch in TrainSet(benchmark, BASE.batch_size, 8, ALL):
+        with torch.no_grad():
+            states = [layer_embeddings(model, model.collate(batch[side]))
+                      for side in ("queries", "targets")]
+        mask = duplicate_mask(batch["positive_keys"], batch["target_keys"])
+        losses.append([mac_loss(*pair, batch["modality"], 0.05, 0.05, duplicate=mask).item()
+                       for pair in zip(*states)])
+    result["loss"] = [statistics.mean(values) for values in zip(*losses)]  # of depths 0..L
+    for depth in range(1, len(result["loss"])):
+        cut = prune_layers(copy.deepcopy(model), depth)
+        result[f"{depth}"] = scores(cut, benchmark, "test")
+        layer = find_decoder(cut).layers[-1]
+        layer.mlp.down_proj.weight.data.zero_()  # what it adds to the state is nothing
+        result[f"{depth} without the last MLP"] = scores(cut, benchmark, "test")
+    write_json(path, result)
+
+
 def distil_settings(labels, steps, weight):
     return {"loss": "infonce", "tasks_per_batch": ALL, "labels": labels, "stage1_steps": steps,
             "distill_weight": weight}
@@ -371,6 +399,29 @@ def depth_table(folder):
     return "\n".join(rows) if found else ""
 
 
+def layers_table(folder):
+    """Markdown: by depth, what is seen without training, and what training makes of it."""
+    path = folder / "layers.json"
+    if not path.exists():
+        return ""
+    found, rows = json.loads(path.read_text()), [
+        "| layers | loss | untrained | without the last MLP | trained, 480 steps |",
+        "|---|---|---|---|---|"]
+    depths = len(found["loss"]) - 1
+    chosen = [min(half, key=found["loss"].__getitem__)
+              for half in (range(1, depths // 2 + 1), range(depths // 2 + 1, depths + 1))]
+    for depth in range(1, depths + 1):
+        cells = [f"{100 * run['local']:.1f} / {100 * run['global']:.1f}" for run in (
+            found[f"{depth}"], found[f"{depth} without the last MLP"])]
+        trained = [values_of(folder, depth_settings(folder, depth, 480), pool).values()
+                   for pool in ("local", "global")]
+        cells.append(" / ".join(f"{statistics.mean(values):.1f}" for values in trained if values))
+        loss = f"{found['loss'][depth]:.2f}"
+        rows.append(f"| {depth} | {f'**{loss}**' if depth in chosen else loss} | "
+                    + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def distil_table(folder):
     """Markdown: local hit rate by labels and steps of stage 1; distance to the teacher."""
     rows = ["| labels | stage 1 | " + " | ".join(f"{name} | distance, before to after"
@@ -450,6 +501,12 @@ def write_report(folder, docs):
     if table := depth_table(folder):
         text.append(f"## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds.\n\n"
                     f"{table}")
+    if table := layers_table(folder):
+        text.append("## Without training\n\nContrastive loss (tau 0.05, training batches of all "
+                    "tasks) and hit rate of the untrained MLLM cut after each layer; bold: the "
+                    "lowest loss of each half, which L3Prune (arXiv 2410.14578) would choose. "
+                    "Without the last MLP: the last kept layer adds only what its attention says "
+                    f"(FreeRet, arXiv 2509.24621).\n\n{table}")
     if table := distil_table(folder):
         text.append("## Distillation\n\nValidation queries, local pools, mean of the seeds: stage "
                     f"1 as given, then {BASE.stage2_steps} steps of InfoNCE, all tasks. Distance: "
@@ -460,7 +517,7 @@ def write_report(folder, docs):
     draw(docs / "evidence.png", folder)
 
 
-PARTS = {"grid": grid, "finals": finals, "depth": depth, "distil": distil}
+PARTS = {"grid": grid, "finals": finals, "depth": depth, "layers": layers, "distil": distil}
 
 
 def main():
