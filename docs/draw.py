@@ -1,4 +1,4 @@
-"""The README's three diagrams, written as SVG: `python docs/draw.py`.
+"""The README's three diagrams, written as SVG, and its clip: `python docs/draw.py`.
 
 Plain text with nothing random in it, so the same bytes whenever it runs (tests/test_docs.py). All
 three are 800 pixels wide, the width of a README page, and no text is smaller than 12 of them.
@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 from mac_loss import hard_temperature  # noqa: E402
+from toy.glyph_beir import TEST_QUERY_FACES, draw_clip  # noqa: E402
 
 GREEN, ORANGE, BLUE = "#009E73", "#D55E00", "#0072B2"  # of targets, as in the notebook
 GREY, PURPLE = "#6b6b6b", "#7b4fa3"
@@ -189,11 +190,14 @@ def temperatures():
 
 
 DIAGRAMS = {"way.svg": way, "teach.svg": teach, "temperatures.svg": temperatures}
+CLIP = "t", TEST_QUERY_FACES[0], "left"  # neither typeface nor motion of the t is in training
 
 
 def main():
     for name, draw in DIAGRAMS.items():
         (DOCS / name).write_text(draw(), encoding="utf-8")
+    first, *rest = draw_clip(*CLIP)
+    first.save(DOCS / "clip.gif", save_all=True, append_images=rest, duration=150, loop=0)
 
 
 if __name__ == "__main__":

@@ -131,9 +131,9 @@ def run_one(settings, seed, folder):
     student.remembered = {}
     if split == "test":
         result["premise after"] = premise(student, config.data, config.tasks_per_batch)
-        if benchmark.root.joinpath("query/train/mbeir_motion_train.jsonl").exists():
-            result["direction"] = [direction(student, config.data, shuffled=mixed)
-                                   for mixed in (False, True)]
+    if benchmark.root.joinpath("query/train/mbeir_motion_train.jsonl").exists():
+        result["direction"] = [direction(student, config.data, shuffled=mixed)
+                               for mixed in (False, True)]
     result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
     shutil.rmtree(work)
     write_json(path, result)
