@@ -126,7 +126,8 @@ class Benchmark:
     def cells(self, split, limit=None):
         """All cells of a split, by dataset and task. `limit`: only that many queries of each."""
         folder = self.root / "query" / split
-        paths = sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl"))
+        paths = sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl"),  # task 9 before 10
+                       key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(4), path.name))
         if not paths:
             raise ValueError(f"{folder}: expected files mbeir_<dataset>_task<T>_{split}.jsonl")
         return [self._cell(path, split, limit) for path in paths]
@@ -140,9 +141,8 @@ class Benchmark:
         items = [self.query_item(row, target, "", table.place(i)) for row, i in zip(rows, lines)]
         listed = {key: did_keys(row["pos_cand_list"]) for key, row in zip(keys, rows)}
         relevant = self.relevance(qrels, listed)
-        for key in keys:
-            if not relevant[key]:
-                raise ValueError(f"{qrels}: expected a relevant candidate for {did_text(key)}")
+        for key in (key for key in keys if not relevant[key]):
+            raise ValueError(f"{qrels}: expected a relevant candidate for {did_text(key)}")
         return Cell(f"zero_{name}" if split == "zero" else name, [row["qid"] for row in rows],
                     items, [set(relevant[key]) for key in keys], path, pool, *TASKS[task])
 

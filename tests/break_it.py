@@ -43,7 +43,7 @@ from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["train.py", "evaluate.py", "data.py", "toy/glyph_beir.py", "toy/pretrain.py",
-           "toy/ablation.py"]
+           "toy/evidence.py"]
 TINY = ["--model", "model", "--data", "data", "--keep-layers", 1, "--batch-size", 4, "--lr", 1e-3,
         "--checkpoint-every", 1, "--keep-checkpoints", 9]
 SHORT = [*TINY, "--stage1-steps", 1, "--stage2-steps", 1, "--no-eval", "--workers", 0]
@@ -427,8 +427,8 @@ STARTS = {"train.py": [*SHORT, "--out", "run"], "evaluate.py": [*EVALUATE[1:], "
           "data.py": ["data"]}
 WRONG = {  # what would be right here takes minutes: one bad value always
     "toy/glyph_beir.py": ["--seed=x", "--out=file", "--out=/proc/x", "--seed=nan"],
-    "toy/ablation.py": ["--seeds=0", "--seeds=-1", "--workers=0", "--workers=-1", "--work=file",
-                        "--work=/proc/x", "x", "--report"],
+    "toy/evidence.py": ["--workers=0", "--workers=-1", "--workers=x", "--work=file",
+                        "--work=/proc/x", "x"],
     "toy/pretrain.py": ["--steps=0", "--steps=-1", "--batch-size=0", "--lr=nan", "--lr=inf",
                         "--lr=-1", "--data=", "--data=file", "--out=model", "--work=/proc/x"]}
 
@@ -443,7 +443,7 @@ def options(rng, base):
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         module.main()
     names = re.findall(r"^  (--[\w-]+)( [A-Z{])?", out.getvalue(), re.MULTILINE)
-    argv = STARTS.get(script, ["--out=out"] if script != "toy/ablation.py" else [])
+    argv = STARTS.get(script, ["--out=out"] if script != "toy/evidence.py" else [])
     for name, value in rng.sample(names, min(len(names), rng.choice([1, 1, 2, 3]))):
         argv = [*argv, f"{name}={rng.choice(VALUES)}" if value else name]
     argv = argv + [rng.choice(WRONG[script])] if script in WRONG else argv

@@ -538,6 +538,8 @@ def run(args):
     check_option("--workers", args.workers, int, 1, 1024)
     args.work = args.work.absolute()
     os.chdir(ROOT)  # the paths in Config are relative to the repository
+    if args.report and not args.work.exists():
+        raise FileNotFoundError(f"--work {args.work}: expected the results of runs, found none")
     weights = Path(BASE.model, "model.safetensors").read_bytes()
     args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
     evaluate.ensure_data(BASE.data)
