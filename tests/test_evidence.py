@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mac_loss import mac_loss
+from settings import Config
 from support.files import write_json
 from toy import evidence
 
@@ -71,9 +72,12 @@ def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp
     put(tmp_path, 0.7, 0.9, tau=0.05)
     put(tmp_path, 0.75, 0.8, tau=0.05, mix=evidence.ALL)
     lines = evidence.final_lines(tmp_path, WORLD)
-    assert lines == {
-        "InfoNCE": settings(tau=0.05, stage2_steps=480, split="test"),
-        "InfoNCE, best local": settings(tau=0.03, stage2_steps=480, split="test")}
+    assert lines["InfoNCE"] == settings(tau=0.05, stage2_steps=480, split="test")
+    assert lines["InfoNCE, best local"] == settings(tau=0.03, stage2_steps=480, split="test")
+    assert lines["InfoNCE, all layers"] == {**lines["InfoNCE"], "keep_layers": 8}
+    puma, usual = lines["PUMA, both stages"], Config()
+    assert puma["stage1_steps"] + puma["stage2_steps"] == 480  # as many samples
+    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 4
     assert evidence.final_lines(tmp_path, OTHER) == {}
     assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (
         evidence.grid_table(tmp_path, WORLD))

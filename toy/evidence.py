@@ -55,6 +55,7 @@ BASE = Config(model="toy/tiny-qwen2-vl", keep_layers=4, stage1_steps=0, stage2_s
               batch_size=128, lr=3e-3, warmup=0.03, stage1_temperature=0.05, temperature=0.05,
               decay=0.5, distill_scale=1.0, workers=0, eval=False)
 WORLDS = {"one dataset": "data/glyph_beir", "four domains": "data/domains"}
+README_WORLD, FINAL = "one dataset", 480  # FINAL: steps, of both stages together
 TAUS, START = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2), 3
 ALL = 100  # tasks a batch: more than there are
 MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
@@ -229,13 +230,19 @@ def best(folder, world, loss, value):
 
 
 def final_lines(folder, world):
-    """{line of the table: settings}: each loss at its best, by both pools and by local alone."""
-    lines = {}
+    """{line of the table: settings}: each loss at its best, by both pools and by local alone; then,
+    for the README, all layers, and PUMA as train.py has it, with as many samples."""
+    lines, test = {}, {"stage2_steps": FINAL, "split": "test"}
     for why, value in CRITERIA.items():
         for loss in LOSSES:
             if choice := best(folder, world, loss, value):
-                lines[loss + why] = settings_of(world, loss, *choice, stage2_steps=480,
-                                                split="test")
+                lines[loss + why] = settings_of(world, loss, *choice, **test)
+    if world == README_WORLD and lines:
+        lines["InfoNCE, all layers"] = {**lines["InfoNCE"], "keep_layers": 8}
+        usual = Config()
+        names = ("stage1_steps", "distill_weight", "tasks_per_batch", "temperature")
+        lines["PUMA, both stages"] = test | {name: getattr(usual, name) for name in names} | {
+            "data": WORLDS[world], "stage2_steps": FINAL - usual.stage1_steps}
     return lines
 
 
@@ -249,11 +256,11 @@ def finals(folder, workers, seeds=5):
 
 
 def depth_settings(folder, keep, steps):
-    choice = best(folder, "one dataset", "InfoNCE", mean_of_pools)
+    choice = best(folder, README_WORLD, "InfoNCE", mean_of_pools)
     if choice is None:
         raise ValueError(f"{folder}: expected results; run `python toy/evidence.py grid` first")
     mix, tau = choice
-    return settings_of("one dataset", "InfoNCE", mix, tau, keep_layers=keep, stage2_steps=steps,
+    return settings_of(README_WORLD, "InfoNCE", mix, tau, keep_layers=keep, stage2_steps=steps,
                        split="test")
 
 
@@ -268,7 +275,7 @@ def layers(folder, workers=1):
     path = folder / "layers.json"
     if path.exists():
         return
-    model, data = PUMA.from_pretrained(BASE.model).eval(), WORLDS["one dataset"]
+    model, data = PUMA.from_pretrained(BASE.model).eval(), WORLDS[README_WORLD]
     benchmark, losses, result = Benchmark(data), [], {}
     for batch in TrainSet(benchmark, BASE.batch_size, 8, ALL):
         with torch.no_grad():
@@ -384,7 +391,7 @@ def premise_table(folder, world):
 
 def depth_table(folder):
     """Markdown: local / global by layers kept and steps."""
-    if not best(folder, "one dataset", "InfoNCE", mean_of_pools):
+    if not best(folder, README_WORLD, "InfoNCE", mean_of_pools):
         return ""
     rows = ["| layers | " + " | ".join(f"{steps} steps" for steps in LENGTHS) + " |",
             "|---|" + "---|" * len(LENGTHS)]
