@@ -182,12 +182,12 @@ class Benchmark:
 class TrainSet(torch.utils.data.Dataset):
     """Batches of (query, positive target) pairs; batch `s` is the same whenever it is asked for.
 
-    Each batch mixes `tasks_per_batch` of the (dataset, task) groups, drawn by size: negatives of
-    the same task are mostly intra-modality, others inter-modality, and MAC-Loss needs both. In a
+    Each batch mixes all (dataset, task) groups in equal parts, or `tasks_per_batch` of them, drawn
+    by size: negatives of the same task are mostly intra-modality, others inter-modality. In a
     group every query comes once before any comes again. `labels`: use only that many (0: all).
     """
 
-    def __init__(self, benchmark, batch_size, steps, tasks_per_batch=3, seed=0, labels=0):
+    def __init__(self, benchmark, batch_size, steps, tasks_per_batch=0, seed=0, labels=0):
         self.benchmark, self.seed, root = benchmark, seed, benchmark.root
         files = list(root.glob("query/union_train/*.jsonl"))
         if len(files) != 1:
@@ -219,7 +219,7 @@ class TrainSet(torch.utils.data.Dataset):
     def _draw(self, rng, batch_size, tasks_per_batch):
         """The rows of one batch: the groups take turns until it is full."""
         names, sizes = list(self.groups), [len(rows) for rows in self.groups.values()]
-        chosen = {}  # an ordered set: the same groups in the same order for every seed
+        chosen = {} if 0 < tasks_per_batch < len(names) else dict.fromkeys(names)  # ordered sets
         while len(chosen) < min(tasks_per_batch, len(names)):
             chosen |= dict.fromkeys(rng.choices(names, sizes))
         batch = []

@@ -22,8 +22,8 @@ def arg(default, why):
 
 RANGES = {  # of numbers, and of a text's length; otherwise 0..1,000,000
     (2, MANY): ("batch_size", "stage1_batch_size"),
-    (1, MANY): ("model", "data", "keep_layers", "tasks_per_batch", "max_visual_tokens",
-                "max_text_tokens", "checkpoint_every", "keep_checkpoints"),
+    (1, MANY): ("model", "data", "keep_layers", "max_visual_tokens", "max_text_tokens",
+                "checkpoint_every", "keep_checkpoints"),
     (0, 1): ("warmup", "weight_decay", "distill_weight"),
     (0, 0.99): ("lora_dropout", "stage1_lora_dropout"),
     (1e-12, 1): ("lr", "stage1_lr"), (1e-6, MANY): ("lora_alpha",),
@@ -44,12 +44,12 @@ class Config:
     keep_layers: int = arg(4, "decoder layers to keep (paper: 12 of 28; here: 4 of 8)")
     keep_last: bool = arg(False, "keep layers 1..k-1 and the last (a comment of the official code)")
     # the two stages
-    stage1_steps: int = arg(10, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
-    stage2_steps: int = arg(480, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
+    stage1_steps: int = arg(120, "distillation steps; 0 skips stage 1 (paper: 2 epochs)")
+    stage2_steps: int = arg(360, "steps of stage 2 (paper: 2 epochs of M-BEIR)")
     batch_size: int = arg(128, "pairs a step, of all processes together (paper: 600)")
     stage1_batch_size: int | None = arg(None, "the same for stage 1 (paper: 288)")
     chunk_size: int = arg(0, "GradCache: items a forward pass, whatever the batch size; 0: off")
-    tasks_per_batch: int = arg(2, "tasks in a batch; with several both kinds of negatives occur")
+    tasks_per_batch: int = arg(0, "so many tasks mixed in a batch, in equal parts; 0: all")
     lr: float = arg(3e-3, "peak learning rate (paper, LoRA: 3e-4; here all weights)")
     stage1_lr: float | None = arg(None, "the same for stage 1 (paper: 2e-4)")
     warmup: float = arg(0.03, "share of a stage's steps with a rising lr (paper: 0.03)")
@@ -66,7 +66,7 @@ class Config:
     mask_duplicates: bool = arg(True, "another right target is no negative (official: it is one)")
     teacher: str = arg("", "teacher of stage 1; default: the unpruned model, as in the paper")
     distill_weight: float = arg(0.1, "w: share of L_distill in stage 1 (paper: 0.1)")
-    distill_scale: float = arg(1.0, "factor in L_distill (official: 0.05, too little to act here)")
+    distill_scale: float = arg(10.0, "factor in L_distill (official: 0.05, too little to act here)")
     distill_modalities: Literal["all", "text"] = arg("all", "text: items without image (official)")
     # memory: what is trained, what is kept
     lora_rank: int = arg(0, "LoRA on every linear of the decoder (paper: 128); 0: all its weights")

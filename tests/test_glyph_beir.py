@@ -287,7 +287,7 @@ def test_a_clip_has_4_to_8_frames_that_differ_and_its_reverse_the_same_from_last
     paths |= {row["video_path"] for row in files.clip_pool.values()}
     paths |= {row["query_video_path"] for rows in files.clip_queries.values() for row in rows}
     paths = sorted(paths - {None})
-    assert len(paths) > 2000
+    assert len(paths) > 1000
     for i, path in enumerate(paths):
         with Image.open(files.root / path) as file:
             assert file.n_frames in (4, 6, 8) and file.size == (56, 56)
@@ -312,7 +312,7 @@ def test_no_face_character_or_motion_of_test_clips_is_in_training(files, world):
     assert {char for char, _ in pairs} <= set(world.seen)
     for split in SPLITS:
         asked = {moving(row) for task in CLIP_TASKS for row in files.clip_queries[split, task]}
-        assert asked == {pair for pair, own in known.items() if own == split} and len(asked) > 20
+        assert asked == {pair for pair, own in known.items() if own == split} and len(asked) >= 10
         assert {char in world.zero for char, _ in asked} == {split == "zero"}
         # A motion whose reverse was trained would be less familiar than it, and lose.
         assert not {(char, generator.REVERSE[motion]) for char, motion in asked} & pairs
@@ -471,8 +471,8 @@ def test_a_second_build_writes_the_same_files_and_prints_one_line_of_counts(glyp
     printed = write_without_pictures(tmp_path / "again")
     for name in [*JSONL_FILES, *QRELS.values(), PROMPTS]:
         assert (glyph_beir / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
-    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 47,598 training queries, "
-              "36,908 training and 10,271 test candidates, 2,304 clips")
+    counts = ("3,189 characters (318 zero-shot), 7,308 relations, 46,598 training queries, "
+              "35,908 training and 10,007 test candidates, 1,240 clips")
     assert printed == f"{tmp_path / 'again'}: {counts}\n"
 
 
@@ -619,4 +619,4 @@ def test_direction_is_the_share_of_clips_and_descriptions_told_from_their_revers
     assert generator.direction(Watcher(sign), glyph_beir, ["val"]) == expected
     blind = Watcher(sign)
     assert generator.direction(blind, glyph_beir, ["val"], shuffled=True) == 0  # a tie is no win
-    assert blind.shuffled > 20
+    assert blind.shuffled > 10

@@ -83,8 +83,8 @@ TEMPLATE = (
 NAME_IT, DESCRIBE_IT = "name this character", "describe the motion"
 MOVING = 0.2  # the share of clips and their descriptions, in the answers and in the summaries
 PLAIN_TASKS = (0, 2, 3, 4)  # the query names or shows its target: nothing to compose
-# This share of the clips is made of training pictures: the characters that have clips are too few to
-# learn from them that a moving character is the still one.
+# This share of the clips is made of training pictures: the characters that have clips are too few
+# to learn from them that a moving character is the still one.
 ANIMATED = 0.75
 INSTRUCTED = (3_000, 0.005)  # from this step on, this share of the summaries is of such a query
 
