@@ -209,7 +209,7 @@ def side_by_side(jobs, workers):
 
 def grid(folder, workers):
     side_by_side([(follow_tau, world, loss, mix, folder)
-                  for loss in LOSSES for world in WORLDS for mix in MIXES], workers)
+                  for world in WORLDS for loss in LOSSES for mix in MIXES], workers)
 
 
 def tried(folder, world, loss):
