@@ -9,6 +9,7 @@ changed, store the outputs of a clean run (minutes on two cores):
 import ast
 import difflib
 import importlib.util
+import inspect
 import math
 import os
 import re
@@ -22,6 +23,8 @@ import nbformat
 import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
+
+from docs import figures
 
 CELLS = nbformat.read(ROOT / "tutorial.ipynb", as_version=4).cells
 PROSE = [cell for cell in CELLS if cell.cell_type == "markdown"]
@@ -60,7 +63,7 @@ def executed(glyph_beir):
 
 
 def test_it_runs_from_top_to_bottom_and_its_solutions_solve(executed):
-    assert len(executed) == len(CODE) + 6
+    assert len(executed) == len(CODE) + len(EXERCISES)
     streams = [out for cell in executed for out in cell.outputs if out.output_type == "stream"]
     assert {out.name for out in streams} == {"stdout"}
 
@@ -117,9 +120,13 @@ def test_the_stored_outputs_are_of_one_clean_run():
 
 
 def test_it_reads_as_a_lesson():
-    assert 50 <= len(CELLS) <= 72
-    assert len(PROSE) >= len(CODE)
-    assert sum(len(c.source.split()) for c in PROSE) > sum(len(c.source.split()) for c in CODE)
+    assert 50 <= len(CELLS) <= 80
+    words, code = (sum(len(c.source.split()) for c in cells) for cells in (PROSE, CODE))
+    assert code < words < 5_000
+    minutes = [int(found) for cell in PROSE
+               for found in re.findall(r"^## .*\((\d+) min\)$", cell.source, re.M)]
+    headings = sum(len(re.findall(r"^## ", cell.source, re.M)) for cell in PROSE)
+    assert len(minutes) == headings and sum(minutes) == 60
     kinds = "".join(cell.cell_type[0] for cell in CELLS)
     assert "ccc" not in kinds
     lines = [len(cell.source.splitlines()) for cell in CODE]
@@ -127,6 +134,19 @@ def test_it_reads_as_a_lesson():
     assert max(len(line) for cell in CODE for line in cell.source.splitlines()) <= 100
     assert "What you will be able to do" in CELLS[0].source
     assert "What we did not reproduce" in CELLS[-1].source
+    asked = [cell.source for cell in PROSE if "Exit quiz" in cell.source]
+    for text in (CELLS[0].source, *asked):  # what you will be able to do is what is asked
+        assert re.findall(r"^(\d)\. ", text, re.M) == list("12345678")
+
+
+def test_a_cell_that_draws_asserts_what_is_said_of_its_figure_and_is_short():
+    drawing = "|".join(name for name, function in vars(figures).items()
+                       if inspect.isfunction(function) and "plt.subplots" in inspect.getsource(function))
+    cells = [c.source for c in CODE if re.search(rf"figures\.({drawing})\(|draw_gallery\(", c.source)]
+    assert len(cells) > 12
+    for source in cells:
+        assert len(source.splitlines()) <= 8, source
+        assert "assert " in source or "figures.tasks" in source, source
 
 
 def test_every_prediction_is_asserted_by_the_cell_that_follows():
@@ -135,8 +155,8 @@ def test_every_prediction_is_asserted_by_the_cell_that_follows():
     assert all("assert " in source for source in below)
 
 
-def test_six_exercises_change_at_most_five_lines_and_check_themselves():
-    assert len(EXERCISES) == 6
+def test_five_exercises_change_at_most_five_lines_and_check_themselves():
+    assert len(EXERCISES) == 5
     stars = [re.search(r"Exercise \d (★+)", task)[1] for task, _ in EXERCISES]
     assert {"★", "★★", "★★★"} == set(stars)
     for task, below in EXERCISES:
