@@ -148,7 +148,7 @@ def taught(own, teacher, away, curves, items=24):
     own: {name: states (N, D)}, of which the first two are drawn; away: their distances.
     """
     _, axes = plt.subplots(1, 3, figsize=(15, 4.8))
-    for axis, (name, states) in zip(axes, own.items()):
+    for axis, (name, states) in zip(axes[:2], own.items()):
         axis.scatter(teacher[:items], states[:items], color="black", s=4, alpha=0.3)
         axis.axline((0, 0), slope=1, color="0.5", linestyle=":", linewidth=2)
         axis.set(xlabel="teacher's coordinates", ylabel="student's coordinates",
@@ -247,7 +247,7 @@ def schedule(decays, crossing, tau=0.05):
         right.plot(positive, push, style, color=BLUE, linewidth=2, label=label)
     right.axvline(crossing, color="0.6", linestyle=":")
     right.set(xlabel="cosine of the positive", ylabel="push on a text at cosine 1")
-    right.legend(loc=(0.45, 0.4), fontsize=14)
+    right.legend(loc=(0.02, 0.2), fontsize=14)
 
 
 # ---- a batch -------------------------------------------------------------------------------------

@@ -95,10 +95,12 @@ def test_on_a_hosted_machine_the_readmes_cell_makes_the_first_ones_run(tmp_path)
 
 
 def test_the_stored_numbers_are_those_of_this_model_and_code(executed):
-    known = next(i for i, cell in enumerate(CODE) if "= Config(" in cell.source)  # no training yet
+    trained = re.compile(r"\b(away|average|embedded|first_loss|lessons|rise|student|trained)\b")
+    known = [i for i, cell in enumerate(CODE) if not trained.search(cell.source)]
     number = r"-?\d[\d,]*\.?\d*"
     compared = 0
-    for stored, fresh in zip(printed(CODE[:known]), printed(executed)):
+    every = printed(CODE), printed(executed)
+    for stored, fresh in [(every[0][i], every[1][i]) for i in known]:
         if "mbeir_images" in stored:  # the data's folder is in the names of its files
             continue
         assert re.sub(number, "#", stored) == re.sub(number, "#", fresh)
@@ -140,19 +142,24 @@ def test_it_reads_as_a_lesson():
 
 
 def test_a_cell_that_draws_asserts_what_is_said_of_its_figure_and_is_short():
-    drawing = "|".join(name for name, function in vars(figures).items()
-                       if inspect.isfunction(function) and "plt.subplots" in inspect.getsource(function))
-    cells = [c.source for c in CODE if re.search(rf"figures\.({drawing})\(|draw_gallery\(", c.source)]
+    functions = {name: inspect.getsource(function) for name, function in vars(figures).items()
+                 if inspect.isfunction(function)}
+    names = "|".join(name for name, source in functions.items() if "plt.subplots" in source)
+    drawing = re.compile(rf"figures\.({names})\(|draw_gallery\(")
+    cells = [cell.source for cell in CODE if drawing.search(cell.source)]
     assert len(cells) > 12
     for source in cells:
         assert len(source.splitlines()) <= 8, source
         assert "assert " in source or "figures.tasks" in source, source
 
 
-def test_every_prediction_is_asserted_by_the_cell_that_follows():
-    below = [after.source for cell, after in zip(CELLS, CELLS[1:]) if "**Predict " in cell.source]
-    assert len(below) >= 5
-    assert all("assert " in source for source in below)
+def test_every_prediction_is_asserted_before_the_next_one():
+    asked = [i for i, cell in enumerate(CELLS) if "**Predict " in cell.source]
+    assert len(asked) >= 10
+    for place, following in zip(asked, [*asked[1:], len(CELLS)]):
+        below = CELLS[place + 1 : min(following, place + 6)]
+        assert CELLS[place + 1].cell_type == "code"
+        assert any(c.cell_type == "code" and "assert " in c.source for c in below), place
 
 
 def test_five_exercises_change_at_most_five_lines_and_check_themselves():
