@@ -10,6 +10,7 @@ import ast
 import difflib
 import importlib.util
 import inspect
+import json
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from conftest import ROOT
 from nbclient import NotebookClient
 
 from docs import figures
+from toy import evidence
 
 CELLS = nbformat.read(ROOT / "tutorial.ipynb", as_version=4).cells
 PROSE = [cell for cell in CELLS if cell.cell_type == "markdown"]
@@ -195,3 +197,18 @@ def test_it_defines_nothing_that_the_repository_defines():
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert {"mac_loss", "hard_temperature", "prune_layers", "distill_loss", "layer_embeddings",
             "train_stage", "Config", "PUMA", "Benchmark", "TrainSet"} <= used
+
+
+def test_the_curves_by_depth_are_those_of_the_evidence(tmp_path):
+    ids = {(layers, steps): evidence.run_id(evidence.settings_of(
+        "one dataset", "InfoNCE", 100, 0.08, keep_layers=layers, stage2_steps=steps, split="test"))
+        for layers in evidence.DEPTHS for steps in (80, 240)}
+    runs = [{"id": name, "seed": seed, "local": layers / 10 + seed / 100 + steps / 1000}
+            for (layers, steps), name in ids.items() for seed in (0, 2)]
+    other = evidence.run_id(evidence.settings_of("four domains", "MAC-Loss", 2, 0.08))
+    path = tmp_path / "evidence.json"
+    path.write_text(json.dumps([{"id": other, "seed": 0, "local": 0.9}, *runs]))
+    found = figures.trained_depths(path)
+    assert found == {steps: {k: pytest.approx(10 * k + 1 + steps / 10) for k in evidence.DEPTHS}
+                     for steps in (80, 240)}
+    assert figures.trained_depths(tmp_path / "absent.json") == {}
