@@ -247,7 +247,7 @@ def schedule(decays, crossing, tau=0.05):
         right.plot(positive, push, style, color=BLUE, linewidth=2, label=label)
     right.axvline(crossing, color="0.6", linestyle=":")
     right.set(xlabel="cosine of the positive", ylabel="push on a text at cosine 1")
-    right.legend(loc=(0.02, 0.2), fontsize=14)
+    right.legend(loc=(0.02, 0.25), fontsize=12, handlelength=1.5)
 
 
 # ---- a batch -------------------------------------------------------------------------------------
