@@ -9,10 +9,13 @@ package and no network; for paper, and for viewers that run no scripts, each has
 
 import base64
 import io
+import json
 import math
 import random
 import re
 import textwrap
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +30,6 @@ from support.items import load_video
 STYLE = {"font.size": 14, "figure.figsize": (12, 4.4), "figure.dpi": 80, "axes.spines.top": False,
          "axes.spines.right": False, "figure.autolayout": True}
 GREEN, ORANGE, BLUE = "#009E73", "#D55E00", "#0072B2"  # positive, intra-, inter-modality negative
-SHADES = {"MLLM": "0.75", "pruned": "0.45", "InfoNCE": "#E69F00", "MAC": "#CC79A7"}  # of models
 SIX = torch.tensor([0.8, 0.7, 0.5, 0.6, 0.3, 0.0], dtype=torch.float64)  # cosines, positive first
 COLOURS = [GREEN, ORANGE, ORANGE, BLUE, BLUE, BLUE]  # of the six
 
@@ -58,12 +60,14 @@ def _small(found):
 # ---- items, layers -------------------------------------------------------------------------------
 
 
-def tasks(sides):
-    """Pairs of framed items; sides: (item, title, colour) of query, target, query, ..."""
+def tasks(cells):
+    """Framed items; cells: (name, query's modality, query, target's modality, target) of each."""
     _, axes = plt.subplots(5, 4, figsize=(12, 12.5))
+    sides = [side for name, asks, query, wants, target in cells for side in (
+        (query, f"{name.partition('_')[2]}: {asks}", BLUE), (target, wants, GREEN))]
     for axis, (item, title, colour) in zip(axes.flat, sides):
         axis.set(xticks=[], yticks=[])
-        axis.set_title(title, fontsize=14, color=colour)
+        axis.set_title(title.replace(",", " + "), fontsize=14, color=colour)
         axis.spines[:].set(visible=True, color=colour, linewidth=2)
         text = textwrap.fill(item["text"] or "", 24)
         picture = plt.imread(item["image"]) if item["image"] else None
@@ -78,10 +82,10 @@ def tasks(sides):
                   fontsize=12)
 
 
-def words(panels):
-    """Probable next words; panels: (title, [word], [probability]) for each item."""
+def words(titles, panels):
+    """Probable next words; panels: ([word], [probability]) for each item."""
     _, axes = plt.subplots(1, 2)
-    for axis, (title, labels, shares) in zip(axes, panels):
+    for axis, title, (labels, shares) in zip(axes, titles, panels):
         axis.barh(labels, shares, color="0.5")
         axis.invert_yaxis()
         axis.set(xlabel="probability of the next word at [RET]", xlim=(0, 0.5))
@@ -100,25 +104,60 @@ def word_strip(words_of, shares):
         axis.invert_yaxis()
 
 
-def by_depth(rates, cosine):
-    """Hit rates {pool: [% by depth]} on the left, cosine to the last state on the right."""
-    _, (left, right) = plt.subplots(1, 2)
+def trained_depths(path):
+    """{steps: {layers: % local}} of the runs on depth in toy/evidence.py's JSON file; {} if absent.
+    """
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in json.loads(Path(path).read_text()) if Path(path).exists() else []:
+        about = dict(part.split("=", 1) for part in run["id"].split() if "=" in part)
+        layers, steps = (int(about.pop(key, usual)) for key, usual in (
+            ("keep_layers", 4), ("stage2_steps", 240)))  # what an id leaves out
+        groups[frozenset(about.items())][steps, layers].append(100 * run["local"])
+    found = defaultdict(dict)
+    runs = max(groups.values(), key=lambda runs: len({k for _, k in runs}), default={})
+    for (steps, layers), values in sorted(runs.items()):
+        found[steps][layers] = sum(values) / len(values)
+    return {steps: curve for steps, curve in found.items() if len(curve) > 2}
+
+
+def by_depth(rates, cosine, cka, trained):
+    """Hit rates {pool: [% by depth]}; likeness to the last state; `trained`: file of others."""
+    curves = trained_depths(trained)
+    _, axes = plt.subplots(1, 2 + bool(curves), figsize=(12 if not curves else 16, 4.4))
     for which, style in (("local", "o-k"), ("global", "s--k")):
-        left.plot(rates[which], style, label=f"{which} pools")
-    left.set(xlabel="layers used", ylabel="hit rate @5, %", ylim=(0, 100))
-    left.legend(loc="upper left")
-    right.plot(cosine, "o-k")
-    right.set(xlabel="layers used", ylabel="cosine to the last state", ylim=(-0.1, 1.05))
+        axes[0].plot(rates[which], style, label=f"{which} pools")
+    axes[0].set(ylabel="hit rate @5, %, untrained", ylim=(0, 100))
+    axes[0].legend(loc="upper left")
+    for values, style, label in ((cosine, "o-k", "cosine"), (cka, "s--k", "CKA")):
+        axes[1].plot(values, style, label=label)
+    axes[1].set(ylabel="likeness to the last state", ylim=(-0.1, 1.05))
+    axes[1].legend(loc="lower right")
+    for number, (steps, curve) in enumerate(curves.items()):
+        grey = str(0.7 - 0.7 * number / max(1, len(curves) - 1))
+        axes[2].plot(list(curve), list(curve.values()), "o-", color=grey, label=f"{steps} steps")
+    if curves:
+        axes[2].set(ylabel="local hit rate @5, %, trained", ylim=(0, 100))
+        axes[2].legend(loc="lower right")
+    for axis in axes:
+        axis.set(xlabel="layers used", xticks=range(len(cosine)))
 
 
-def distances(by_layer, teacher, student, keep):
-    """Distillation loss by depth; one item's state (D,), the student's by the teacher's."""
-    _, (left, right) = plt.subplots(1, 2)
-    left.bar_label(left.bar(list("12345678"), by_layer[1:], color="0.6"), fmt="%.2f")
-    left.set(xlabel="layers used", ylabel="distillation loss")
-    right.scatter(teacher, student, color="black", s=14)
-    right.axline((0, 0), slope=1, color="0.6", linestyle=":")
-    right.set(xlabel="teacher's coordinates", ylabel=f"student's, after {keep} layers")
+def taught(own, teacher, away, curves, items=24):
+    """A student before and after against its teacher; {name: [distance by step]}.
+
+    own: {name: states (N, D)}, of which the first two are drawn; away: their distances.
+    """
+    _, axes = plt.subplots(1, 3, figsize=(15, 4.8))
+    for axis, (name, states) in zip(axes[:2], own.items()):
+        axis.scatter(teacher[:items], states[:items], color="black", s=4, alpha=0.3)
+        axis.axline((0, 0), slope=1, color="0.5", linestyle=":", linewidth=2)
+        axis.set(xlabel="teacher's coordinates", ylabel="student's coordinates",
+                 xlim=(-8, 8), ylim=(-8, 8))
+        axis.set_title(f"{name}: distance {away[name]:.2f}", fontsize=14)
+    for (name, values), style in zip(curves.items(), ("k-", "k--")):
+        axes[2].plot(range(1, len(values) + 1), values, style, label=name)
+    axes[2].set(xlabel="step", ylabel="distance, training batch", ylim=(0, None))
+    axes[2].legend(loc="lower left")
 
 
 # ---- the loss on a few vectors -------------------------------------------------------------------
@@ -193,22 +232,22 @@ def push_strip(taus):
         axis.set_xlabel("cosine", fontsize=12)
 
 
-def schedule(decays, crossing, tau_end):
+def schedule(decays, crossing, tau=0.05):
     """tau_hard over progress; the push on a text at cosine 1 by the cosine of the positive."""
     _, (left, right) = plt.subplots(1, 2)
     progress = torch.linspace(0, 1, 101).tolist()
     for decay, style in zip(decays, ("k:", "k-", "k--")):
-        left.plot(progress, [hard_temperature(0.03, t, decay) for t in progress], style,
+        left.plot(progress, [hard_temperature(tau, t, decay) for t in progress], style,
                   label=f"$\\lambda$ = {decay}")
-    left.set(xlabel="progress t", ylabel="hard temperature", ylim=(0, 0.032))
-    left.legend()
+    left.set(xlabel="progress t", ylabel="hard temperature", ylim=(0, 1.08 * tau))
+    left.legend(loc="lower left")
     positive = torch.linspace(0.3, 1, 141)
-    for tau_hard, style, label in ((0.03, "--", "InfoNCE"), (tau_end, "-", "MAC-Loss")):
-        push = torch.sigmoid(1 / 0.03 - positive / tau_hard) / 0.03  # softmax of two
+    for tau_hard, style, label in ((tau, "--", "InfoNCE"), (tau * crossing, "-", "MAC-Loss")):
+        push = torch.sigmoid(1 / tau - positive / tau_hard) / tau  # softmax of two
         right.plot(positive, push, style, color=BLUE, linewidth=2, label=label)
     right.axvline(crossing, color="0.6", linestyle=":")
     right.set(xlabel="cosine of the positive", ylabel="push on a text at cosine 1")
-    right.legend(loc=(0.45, 0.5), fontsize=14)
+    right.legend(loc=(0.02, 0.25), fontsize=12, handlelength=1.5)
 
 
 # ---- a batch -------------------------------------------------------------------------------------
@@ -316,19 +355,24 @@ def circle_strip(histories):
 # ---- results -------------------------------------------------------------------------------------
 
 
-def compare(average, lost):
-    """Hit rates {model: {pool: %}}; % of hits lost to another modality {model: {wanted: %}}."""
-    _, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    for place, (name, colour) in enumerate(SHADES.items()):
-        left.bar(place - 0.2, average[name]["local"], 0.38, color=colour)
-        left.bar(place + 0.2, average[name]["global"], 0.38, color=colour, hatch="//", alpha=0.7)
-        places = [x + 0.2 * place - 0.3 for x in range(len(lost[name]))]
-        right.bar(places, list(lost[name].values()), 0.19, color=colour, label=name)
-    left.set(ylabel="hit rate @5, %", xlabel="filled: local pools, hatched: global", ylim=(0, 100))
-    left.set_xticks(range(4), list(SHADES))
-    right.set(ylabel="hits lost to another modality, %", xlabel="wanted", ylim=(0, 100))
-    right.set_xticks(range(len(lost["MAC"])), list(lost["MAC"]))
-    right.legend(ncols=2, fontsize=12)
+FILLS = {"InfoNCE": "k", "MAC-Loss": "w"}  # of the markers of trained models
+MARKERS = {"two tasks": "o", "all tasks": "s"}
+
+
+def four_points(average):
+    """Local against global hit rate of the runs (loss, mix), arrows from InfoNCE to MAC-Loss."""
+    _, axis = plt.subplots(figsize=(9, 5.6))
+    for mix, marker in MARKERS.items():
+        ends = []
+        for loss, fill in FILLS.items():
+            ends.append((average[loss, mix]["local"], average[loss, mix]["global"]))
+            axis.plot(*ends[-1], marker, color="k", markerfacecolor=fill, markersize=13,
+                      markeredgewidth=2, linestyle="", label=f"{loss}, {mix}")
+        axis.annotate("", ends[1], ends[0], arrowprops={
+            "arrowstyle": "->", "color": "0.5", "linewidth": 2, "shrinkA": 10, "shrinkB": 10})
+    axis.margins(0.15)
+    axis.set(xlabel="local pools: hit rate @5, %", ylabel="global pool: hit rate @5, %")
+    axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5))
 
 
 def prices(costs, local, average, keep):
@@ -337,10 +381,11 @@ def prices(costs, local, average, keep):
     work = {k: cost["gflops_per_item"] for k, cost in costs.items()}
     left.plot(list(costs), [cost["parameters"] / 1e6 for cost in costs.values()], "o-k")
     left.set(xlabel="layers kept", ylabel="million parameters", ylim=(0, 2.8))
-    right.plot(list(work.values()), [local[k] for k in work], "o-k",
+    right.plot(list(work.values()), [local[k] for k in work], "o-", color="0.5",
                label="untrained, 1 to 8 layers")
-    for name, marker in (("InfoNCE", "D"), ("MAC", "*")):
-        right.plot(work[keep], average[name]["local"], marker, color=SHADES[name], markersize=14,
-                   label=f"{keep} layers, {name}")
+    for loss, fill in FILLS.items():
+        right.plot(work[keep], average[loss, "all tasks"]["local"], "s", color="k",
+                   markerfacecolor=fill, markersize=11, markeredgewidth=2, linestyle="",
+                   label=f"{keep} layers, {loss}")
     right.set(xlabel="GFLOP an item", ylabel="local hit rate @5, %", ylim=(0, 100))
     right.legend(fontsize=12, loc="lower right")
