@@ -1,4 +1,6 @@
-"""The README's three diagrams, written as SVG, and its clip: `python docs/draw.py`.
+"""The README's three diagrams, written as SVG, its clip, and three rows of its gallery:
+
+    python docs/draw.py
 
 Plain text with nothing random in it, so the same bytes whenever it runs (tests/test_docs.py). All
 three are 800 pixels wide, the width of a README page, and no text is smaller than 12 of them.
@@ -7,6 +9,8 @@ three are 800 pixels wide, the width of a README page, and no text is smaller th
 import sys
 from pathlib import Path
 from xml.sax.saxutils import escape
+
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -190,12 +194,19 @@ def temperatures():
 
 
 DIAGRAMS = {"way.svg": way, "teach.svg": teach, "temperatures.svg": temperatures}
-CLIP = "t", TEST_QUERY_FACES[0], "left"  # neither typeface nor motion of the t is in training
+CLIP = "F", TEST_QUERY_FACES[0], "left"  # neither typeface nor motion of the F is in training
 
 
 def main():
     for name, draw in DIAGRAMS.items():
         (DOCS / name).write_text(draw(), encoding="utf-8")
+    with Image.open(DOCS / "gallery.png") as gallery:  # ten rows, drawn by train.py
+        width, height = gallery.width, (gallery.height - 12) // 10
+        rows = Image.new("RGB", (width, 3 * height))
+        for place, row in enumerate((2, 4, 8)):
+            rows.paste(gallery.crop((0, row * height + 6, width, (row + 1) * height + 6)),
+                       (0, place * height))
+        rows.save(DOCS / "gallery_top.png")
     first, *rest = draw_clip(*CLIP)
     first.save(DOCS / "clip.gif", save_all=True, append_images=rest, duration=150, loop=0)
 
