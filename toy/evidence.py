@@ -450,13 +450,21 @@ def distil_table(folder):
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
+def seen_worlds(folder):
+    """The worlds that the grid has runs of; the default one always."""
+    return [world for world in WORLDS
+            if world == README_WORLD or any(tried(folder, world, loss) for loss in LOSSES)]
+
+
 def draw(path, folder):
     """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
 
     Arrows lead from InfoNCE to MAC-Loss: what the loss does, all else equal.
     """
-    figure, axes = plt.subplots(1, len(WORLDS), figsize=(10.5, 4.6), sharey=True)
-    for axis, (world, data) in zip(axes, WORLDS.items()):
+    worlds = seen_worlds(folder)
+    figure, axes = plt.subplots(1, len(worlds), figsize=(1.5 + 4.5 * len(worlds), 4.6),
+                                sharey=True, squeeze=False)
+    for axis, world in zip(axes[0], worlds):
         for mix, marker in zip(MIXES, "os"):
             ends = {}
             for loss, colour in zip(LOSSES, ("tab:blue", "tab:red", "tab:green", "0.6", "0.3")):
@@ -472,10 +480,10 @@ def draw(path, folder):
                 axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
                               arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
                                           "shrinkB": 7})
-        axis.set(title=f"{world} ({data})", xlabel="local pools: hit rate @5, %")
+        axis.set(title=f"{world} ({WORLDS[world]})", xlabel="local pools: hit rate @5, %")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("global pool: hit rate @5, %")
-    handles = {label: handle for axis in axes
+    axes[0, 0].set_ylabel("global pool: hit rate @5, %")
+    handles = {label: handle for axis in axes[0]
                for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
@@ -496,7 +504,7 @@ def write_report(folder, docs):
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
             "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
             "bold: the loss's best by the mean."]
-    text += [f"### {world}\n\n{grid_table(folder, world)}" for world in WORLDS]
+    text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
         text.append("## Finals\n\nTest queries, 480 steps, each loss at its best setting of the "
