@@ -231,7 +231,7 @@ def best(folder, world, loss, value):
 
 def final_lines(folder, world):
     """{line of the table: settings}: each loss at its best, by both pools and by local alone; then,
-    for the README, all layers, and PUMA as train.py has it, with as many samples."""
+    for the README, all layers, and both stages as train.py has them, with as many samples."""
     lines, test = {}, {"stage2_steps": FINAL, "split": "test"}
     for why, value in CRITERIA.items():
         for loss in LOSSES:
@@ -243,6 +243,7 @@ def final_lines(folder, world):
         names = "stage1_steps distill_weight distill_scale tasks_per_batch temperature".split()
         lines["PUMA, both stages"] = test | {name: getattr(usual, name) for name in names} | {
             "data": WORLDS[world], "stage2_steps": FINAL - usual.stage1_steps}
+        lines["both stages, InfoNCE"] = lines["PUMA, both stages"] | {"loss": "infonce"}
     return lines
 
 
