@@ -119,6 +119,43 @@ def test_a_video_fills_both_halves_of_a_patch_with_successive_frames(puma):
     assert puma.encode([{"video": frames}], show_progress=False).isfinite().all()
 
 
+def test_a_clip_is_packed_as_a_written_out_loop_packs_it(puma):
+    frames = [picture(seed, (84, 56)) for seed in range(4)]  # 4 x 6 patches at 14 pixels
+    processor = puma.image_processor
+    one = processor(images=frames, return_tensors="pt")["image_grid_thw"][0].tolist()
+    mean, std = (torch.tensor(values)[:, None, None]
+                 for values in (processor.image_mean, processor.image_std))
+    shape = one[2] * 14, one[1] * 14  # of the processor's budget of pixels
+    pixels = [(torch.frombuffer(bytearray(frame.resize(shape, Image.Resampling.BICUBIC).tobytes()),
+                                dtype=torch.uint8)
+               .view(shape[1], shape[0], 3).permute(2, 0, 1) / 255 - mean) / std
+              for frame in frames]
+    expected = []
+    for pair in range(2):
+        for y in range(0, one[1], 2):
+            for x in range(0, one[2], 2):
+                for row, column in ((y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1)):
+                    patch = [pixels[2 * pair + half][colour, row * 14 : (row + 1) * 14,
+                                                     column * 14 : (column + 1) * 14].flatten()
+                             for colour in range(3) for half in range(2)]
+                    expected.append(torch.cat(patch))
+    found, grids = puma.patches([{"video": frames}])
+    assert grids.tolist() == [[2, *one[1:]]]
+    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_a_clip_is_packed_as_the_stock_video_processor_packs_it(puma):
+    pytest.importorskip("torchvision")
+    from transformers import Qwen2VLVideoProcessor
+
+    frames = [picture(seed) for seed in range(6)]
+    stock = Qwen2VLVideoProcessor(size=puma.image_processor.size, do_sample_frames=False)(
+        videos=[frames], return_tensors="pt")
+    found, grids = puma.patches([{"video": frames}])
+    assert torch.equal(grids, stock["video_grid_thw"])
+    torch.testing.assert_close(found, stock["pixel_values_videos"])
+
+
 def test_clips_and_stills_in_a_batch_give_the_states_of_the_stock_model(puma, tmp_path):
     frames = [picture(seed) for seed in range(5)]
     frames[0].save(tmp_path / "clip.webp", save_all=True, append_images=frames[1:], lossless=True)
