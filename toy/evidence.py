@@ -396,15 +396,14 @@ def depth_table(folder):
         return ""
     rows = ["| layers | " + " | ".join(f"{steps} steps" for steps in LENGTHS) + " |",
             "|---|" + "---|" * len(LENGTHS)]
-    found = False
     for keep in DEPTHS:
         pairs = [[values_of(folder, depth_settings(folder, keep, steps), pool).values()
                   for pool in ("local", "global")] for steps in LENGTHS]
         cells = [" / ".join(f"{statistics.mean(values):.1f}" for values in pair) if pair[0] else ""
                  for pair in pairs]
-        found |= any(cells)
-        rows.append(f"| {keep} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) if found else ""
+        if any(cells):
+            rows.append(f"| {keep} | " + " | ".join(cells) + " |")
+    return "\n".join(rows) if len(rows) > 3 else ""  # one depth says nothing of depth
 
 
 def layers_table(folder):
