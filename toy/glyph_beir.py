@@ -6,7 +6,7 @@ rendering is an image, its name is a caption, and names compose as captions do: 
 WITH ACUTE minus ACUTE, in CAPITAL, and so on. That is enough for all eight M-BEIR task types, with
 no download:
 
-    python toy/glyph_beir.py --out data/glyph_beir      # 60 MB, 14 s of CPU time
+    python toy/glyph_beir.py --out data/glyph_beir      # 54 MB, 12 s of CPU time
 
 writes a directory in M-BEIR's exact format (TIGER-Lab/M-BEIR), which data.py reads like the real
 one. M-BEIR has no video: our tasks 9 (text -> video) and 10 (video -> text), a dataset of their own
@@ -29,8 +29,8 @@ What is held out of training (and of toy/pretrain.py, which reads the training f
 * characters  a tenth of them (split `zero`), whose names are made of words that other names use.
 
 MAC-Loss takes negatives of another modality for the easy ones. M-BEIR, ten datasets of one or two
-tasks each, makes them so: they are mostly of another dataset as well. This world is one of eight
-tasks, and its negatives of another modality may well be about the same character. Hence
+tasks each, makes them so: they are mostly of another dataset as well. Here one dataset has eight
+tasks, and a negative of another modality may well be about the same character. Hence
 
     python toy/glyph_beir.py --domains --out data/domains
     python toy/glyph_beir.py --premise toy/tiny-qwen2-vl --keep-layers 4 --out data/domains
@@ -263,7 +263,7 @@ class World:
 
     `zero` is the set of held-out characters; `relation_split` maps each Relation to `train`, `val`,
     `test` or, when it touches a held-out character, `zero`. The same seed gives the same world.
-    `domains`: four datasets of two tasks each, as M-BEIR has them, instead of one of eight.
+    `domains`: four datasets of two tasks each, as M-BEIR has them, and no clips.
     """
 
     def __init__(self, seed=0, domains=False):
