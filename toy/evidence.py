@@ -503,7 +503,8 @@ def write_report(folder, docs):
             "pairs, no stage 1.",
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
             "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
-            "bold: the loss's best by the mean."]
+            "bold: the loss's best by the mean. Where a row's best is its last run on either side, "
+            "or its only one, the search was stopped before it was done."]
     text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
