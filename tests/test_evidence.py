@@ -42,10 +42,10 @@ def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
 
 @pytest.mark.parametrize("quality, tried", [
     ({0.03: 1, 0.05: 2, 0.08: 1}, [0.03, 0.05, 0.08]),
-    ({0.03: 1, 0.05: 2, 0.08: 3, 0.12: 2}, [0.03, 0.05, 0.08, 0.12]),
+    ({0.05: 2, 0.08: 3, 0.12: 2}, [0.05, 0.08, 0.12]),
     ({0.01: 3, 0.02: 4, 0.03: 3, 0.05: 2, 0.08: 1}, [0.01, 0.02, 0.03, 0.05, 0.08]),
 ])
-def test_tau_is_followed_in_both_directions_until_it_gets_worse(quality, tried, monkeypatch,
+def test_tau_is_followed_up_or_down_until_it_gets_worse(quality, tried, monkeypatch,
                                                                 tmp_path):
     runs = []
 
@@ -65,6 +65,18 @@ def test_the_variants_of_the_trials_are_the_papers_turned_round():
     swapped, usual = (loss(query, target, modality=modality, temperature=a, tau_hard=b)
                       for loss, a, b in ((evidence.swapped, 0.2, 0.1), (mac_loss, 0.1, 0.2)))
     assert swapped == usual
+
+
+def test_pair_by_pair_each_negative_meets_the_positive_at_its_own_temperature():
+    query, target = torch.randn(4, 5), torch.randn(4, 5)
+    modality, duplicate = torch.tensor([0, 0, 1, 1]), torch.eye(4, dtype=torch.bool)
+    duplicate[0, 1] = True
+    s = torch.cosine_similarity(query[:, None], target, dim=2)
+    rows = [1 + sum(math.exp((s[i, j] - s[i, i]) / (0.1 if modality[i] == modality[j] else 0.2))
+                    for j in range(4) if j != i and not duplicate[i, j]) for i in range(4)]
+    loss = evidence.pair_by_pair(query, target, modality=modality, temperature=0.2, tau_hard=0.1,
+                                 duplicate=duplicate, intra_offset=0)
+    assert loss.item() == pytest.approx(statistics.mean(map(math.log, rows)), rel=1e-5)
 
 
 def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp_path):

@@ -5,7 +5,7 @@
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
-length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
+length) follows tau from 0.05, up or down, until it gets no better, for each loss, for batches of two
 tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
 may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
 dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import support  # noqa: E402, F401  before torch: it says how threads wait
 import torch  # noqa: E402
+from torch.nn.functional import cross_entropy, normalize  # noqa: E402
 
 import evaluate  # noqa: E402
 import train  # noqa: E402
@@ -69,12 +70,28 @@ def swapped(query, target, *, temperature, tau_hard, **about):
     return mac_loss(query, target, temperature=tau_hard, tau_hard=temperature, **about)
 
 
+@torch.autocast("cpu", enabled=False)  # in float32, as mac_loss
+def pair_by_pair(query, target, *, modality, temperature, tau_hard, duplicate, **_):
+    """Each negative beside the positive at the negative's own temperature: the sum in the loss is
+    over exp((s_ij - s_ii) / tau_ij). So one that is as similar as the positive weighs as much,
+    whatever its modality; in MAC-Loss such an inter-modality negative is left alone."""
+    query, target = (normalize(side.float(), dim=1) for side in (query, target))
+    cosines = query @ target.T
+    tau = torch.where(modality[:, None] == modality, tau_hard, temperature)
+    logits = (cosines - cosines.diagonal()[:, None]) / tau
+    others = duplicate & ~torch.eye(len(query), dtype=torch.bool)
+    return cross_entropy(logits.masked_fill(others, -math.inf), torch.arange(len(query)))
+
+
 # What takes the place of a function in train.py; none of them is in the paper.
-VARIANTS = {"rising": ("hard_temperature", risen), "inverted": ("mac_loss", swapped)}
+VARIANTS = {"rising": ("hard_temperature", risen), "inverted": ("mac_loss", swapped),
+            "pair": ("mac_loss", pair_by_pair)}
 LOSSES = {  # name -> settings
     "InfoNCE": {"loss": "infonce"},
     "MAC-Loss": {},
     "InfoNCE + offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    "MAC-Loss, positive at tau": {"positive_temperature": "base"},
+    "MAC-Loss, pair by pair": {"variant": "pair"},
     "MAC-Loss, rising": {"variant": "rising"},  # hard first, then soft: the other way round
     "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
@@ -185,7 +202,7 @@ CRITERIA = {"": mean_of_pools, ", best local": local_alone}  # how a loss's best
 
 
 def follow_tau(world, loss, mix, folder):
-    """Outward from 0.05 in both directions as long as it gets better, by each criterion."""
+    """From 0.05 up as long as it gets better; if it does not, down; by each criterion."""
     runs = {}
 
     def run(place):
@@ -198,6 +215,8 @@ def follow_tau(world, loss, mix, folder):
             place = START
             while 0 <= place + step < len(TAUS) and value(run(place + step)) > value(run(place)):
                 place += step
+            if place != START:
+                break
 
 
 def side_by_side(jobs, workers):
@@ -456,6 +475,9 @@ def seen_worlds(folder):
             if world == README_WORLD or any(tried(folder, world, loss) for loss in LOSSES)]
 
 
+COLOURS = "tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "0.6", "0.3"  # a loss's
+
+
 def draw(path, folder):
     """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
 
@@ -467,7 +489,7 @@ def draw(path, folder):
     for axis, world in zip(axes[0], worlds):
         for mix, marker in zip(MIXES, "os"):
             ends = {}
-            for loss, colour in zip(LOSSES, ("tab:blue", "tab:red", "tab:green", "0.6", "0.3")):
+            for loss, colour in zip(LOSSES, COLOURS, strict=True):
                 runs = {tau: run for (m, tau), run in tried(folder, world, loss).items()
                         if m == mix}
                 if not runs:
@@ -502,9 +524,9 @@ def write_report(folder, docs):
             f"local pools / global pool; {BASE.keep_layers} layers, batches of {BASE.batch_size} "
             "pairs, no stage 1.",
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
-            "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
-            "bold: the loss's best by the mean. Where a row's best is its last run on either side, "
-            "or its only one, the search was stopped before it was done."]
+            "from 0.05 up or down until neither the mean of both pools nor the local one gets "
+            "better; bold: the loss's best by the mean. Where a row's best is its last run on "
+            "either side, or its only one, the search was not done to its end."]
     text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
