@@ -44,14 +44,15 @@ def draw_gallery(path, rows, columns=5):
     """Search results: rows of (heading, query item, [(title, candidate item, is right or None)]).
 
     Each row shows the query in blue and the best candidates; a right one has a thick green frame.
+    "query" instead of `is right`: another query.
     """
+    frames = {True: ("tab:green", 4), "query": ("tab:blue", 1.5)}
     size = (2 * columns + 2.4, 1.9 * len(rows) + 0.2)
     figure, axes = plt.subplots(len(rows), columns + 1, figsize=size, squeeze=False)
     for line, (heading, query, found) in zip(axes, rows):
-        _draw_item(line[0], query, heading, "tab:blue", width=1.5)
+        _draw_item(line[0], query, heading, *frames["query"])
         for axis, (title, item, right) in zip(line[1:], found):
-            colour, width = ("tab:green", 4) if right else ("0.8", 1)
-            _draw_item(axis, item, title, colour, width)
+            _draw_item(axis, item, title, *frames.get(right, ("0.8", 1)))
         for axis in line[1 + len(found) :]:
             axis.axis("off")
     _save(figure, path, dpi=80)

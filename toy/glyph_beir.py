@@ -661,7 +661,7 @@ def draw_samples(root, queries, path):
         target, (asked, wanted) = pool[row["pos_cand_list"][0]], tasks[task]
         query = make_item(root, *(row.get(f"query_{field}") for field in CONTENT))
         target = make_item(root, *map(target.get, CONTENT))
-        shown.append([(f"task {task}, query: {asked}", query, None),
+        shown.append([(f"task {task}, query: {asked}", query, "query"),
                       (f"target: {wanted}", target, True)])
     # Two tasks in a row of the gallery.
     rows = [sum(shown[i : i + 2], []) for i in range(0, len(shown), 2)]
