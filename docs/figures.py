@@ -262,7 +262,7 @@ def matrix(cosines, order, groups):
         left.imshow(shown, cmap=colour_map, vmin=-0.3, vmax=1)
         right.hist(cosines[groups[name]].numpy(), torch.linspace(-0.5, 1, 31).tolist(),
                    density=True, histtype="step", linewidth=2.5, color=colour, label=name)
-    left.set(xlabel="target, sorted by modality", ylabel="query")
+    left.set(xlabel="target: text, image, both, video", ylabel="query")
     right.set(xlabel="cosine", ylabel="density")
     right.legend(loc="upper left")
 

@@ -5,7 +5,7 @@
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
-length) follows tau from 0.05, up or down, until it gets no better, for each loss, for batches of two
+length) follows tau up or down from 0.05 until it gets no better, for each loss, for batches of two
 tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
 may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
 dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
