@@ -97,7 +97,12 @@ LOSSES = {  # name -> settings
 }
 DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
 LABELS, TEACHING = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
-TEACHERS = {"no teacher": 0.0, "0.9 InfoNCE + 0.1 distillation": 0.1, "distillation alone": 1.0}
+MLLM, TRAINED = "", "teacher"  # whose folder stands beside the results
+TEACHERS = {  # name -> (weight of L_distill, teacher)
+    "no teacher": (0.0, MLLM),
+    "MLLM, 0.9 InfoNCE + 0.1 distillation": (0.1, MLLM), "MLLM, distillation alone": (1.0, MLLM),
+    "trained teacher, 0.9 + 0.1": (0.1, TRAINED), "trained teacher alone": (1.0, TRAINED),
+}
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -112,15 +117,17 @@ def run_id(settings):
     return " ".join(f"{k}={str(v).replace('/', '_')}" for k, v in sorted(changed.items())) or "base"
 
 
-def run_one(settings, seed, folder):
-    """Train and score one model, unless its file is there; -> its results."""
+def run_one(settings, seed, folder, keep=None):
+    """Train and score one model, unless its file is there; -> its results. `keep`: its place."""
     path = folder / f"{run_id(settings)} seed={seed}.json"
-    if path.exists():
+    if path.exists() and (keep is None or keep.exists()):
         return json.loads(path.read_text())
     torch.set_num_threads(1)
     settings, started, device = dict(settings), time.time(), torch.device("cpu")
     split = settings.pop("split", "val")
     name, function = VARIANTS.get(settings.pop("variant", None), ("mac_loss", mac_loss))
+    if settings.get("teacher"):
+        settings["teacher"] = str(folder / settings["teacher"])
     config = replace(BASE, seed=seed, **settings)
     torch.manual_seed(seed)
     benchmark = Benchmark(config.data)  # the same instructions for every seed
@@ -140,10 +147,10 @@ def run_one(settings, seed, folder):
             if not len(dataset):
                 continue
             if stage == 1:
-                result["apart before"] = apart(student, benchmark, device)
+                result["apart before"] = apart(student, benchmark, config.teacher)
             train.train_stage(stage, student, teacher if stage == 1 else None, dataset, config, run)
             if stage == 1:
-                result["apart after"] = apart(student, benchmark, device)
+                result["apart after"] = apart(student, benchmark, config.teacher)
     finally:
         setattr(train, name, usual)
     student.remembered = {}
@@ -154,6 +161,8 @@ def run_one(settings, seed, folder):
                                for mixed in (False, True)]
     result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
     shutil.rmtree(work)
+    if keep:
+        student.save_pretrained(keep)
     write_json(path, result)
     print(f"{result['seconds']} s: {result['local']:.1%} {result['global']:.1%} {path.stem}",
           flush=True)
@@ -175,11 +184,11 @@ def scores(model, benchmark, split):
                       for name, entry in quality["cells"].items()}}
 
 
-def apart(student, benchmark, device):
-    """How far student and unpruned MLLM are apart on queries that training does not see: mean
-    squared distance of their states, which is what distillation lowers, and mean cosine."""
+def apart(student, benchmark, teacher):
+    """How far student and teacher are apart on queries that training does not see: mean squared
+    distance of their states, which is what distillation lowers, and mean cosine."""
     items = [item for cell in benchmark.cells("val", 24) for item in cell.items]
-    teacher = PUMA.from_pretrained(BASE.model, device=device).eval()
+    teacher = PUMA.from_pretrained(teacher or BASE.model, device=student.device).eval()
     own, other = (model.encode(items, normalize=False) for model in (student, teacher))
     return {"distance": (own - other).square().mean().item(),
             "cosine": torch.cosine_similarity(own, other, dim=1).mean().item()}
@@ -275,13 +284,16 @@ def finals(folder, workers, seeds=5):
     side_by_side(jobs.values(), workers)
 
 
-def depth_settings(folder, keep, steps):
+def infonce(folder, **more):
+    """The settings of InfoNCE at its best in the README's world."""
     choice = best(folder, README_WORLD, "InfoNCE", mean_of_pools)
     if choice is None:
         raise ValueError(f"{folder}: expected results; run `python toy/evidence.py grid` first")
-    mix, tau = choice
-    return settings_of(README_WORLD, "InfoNCE", mix, tau, keep_layers=keep, stage2_steps=steps,
-                       split="test")
+    return settings_of(README_WORLD, "InfoNCE", *choice, **more)
+
+
+def depth_settings(folder, keep, steps):
+    return infonce(folder, keep_layers=keep, stage2_steps=steps, split="test")
 
 
 def depth(folder, workers, seeds=3):
@@ -314,15 +326,16 @@ def layers(folder, workers=1):
     write_json(path, result)
 
 
-def distil_settings(labels, steps, weight):
-    return {"loss": "infonce", "tasks_per_batch": ALL, "labels": labels, "stage1_steps": steps,
-            "distill_weight": weight}
+def distil_settings(folder, labels, steps, weight, teacher):
+    return infonce(folder, labels=labels, stage1_steps=steps, distill_weight=weight,
+                   teacher=teacher)
 
 
 def distil(folder, workers, seeds=3):
-    side_by_side([(run_one, distil_settings(labels, steps, weight), seed, folder)
+    run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
+    side_by_side([(run_one, distil_settings(folder, labels, steps, *teacher), seed, folder)
                   for seed in range(seeds) for labels in LABELS for steps in TEACHING
-                  for weight in TEACHERS.values()], workers)
+                  for teacher in TEACHERS.values()], workers)
 
 
 # ---- tables and pictures -------------------------------------------------------------------------
@@ -449,23 +462,22 @@ def layers_table(folder):
 
 
 def distil_table(folder):
-    """Markdown: local hit rate by labels and steps of stage 1; distance to the teacher."""
-    rows = ["| labels | stage 1 | " + " | ".join(f"{name} | distance, before to after"
-                                                for name in TEACHERS) + " |",
-            "|---|---|" + "---|---|" * len(TEACHERS)]
-    for labels, share in LABELS.items():
+    """Markdown: by labels, steps of stage 1 and teacher, what is found and the way to the teacher.
+    """
+    rows = ["| labels | steps of stage 1 | teacher | seeds | local / global | distance, before to "
+            "after | clips told from their reverse |", "|---|---|---|---|---|---|---|"]
+    for labels in LABELS if best(folder, README_WORLD, "InfoNCE", mean_of_pools) else ():
         for steps in TEACHING:
-            cells = []
-            for weight in TEACHERS.values():
-                found = results_of(folder, distil_settings(labels, steps, weight))
+            for name, teacher in TEACHERS.items():
+                found = results_of(folder, distil_settings(folder, labels, steps, *teacher))
                 if not found:
-                    break
-                means = [statistics.mean(value(run) for run in found) for value in (
-                    lambda run: 100 * run["local"], lambda run: run["apart before"]["distance"],
-                    lambda run: run["apart after"]["distance"])]
-                cells += [f"{means[0]:.1f}", f"{means[1]:.2f} to {means[2]:.2f}"]
-            if len(cells) == 2 * len(TEACHERS):
-                rows.append(f"| {share} | {steps} steps | " + " | ".join(cells) + " |")
+                    continue
+                local, wide, told = (100 * statistics.mean(values) for values in zip(
+                    *((run["local"], run["global"], run["direction"][0]) for run in found)))
+                before, after = (statistics.mean(run[f"apart {when}"]["distance"] for run in found)
+                                 for when in ("before", "after"))
+                rows.append(f"| {LABELS[labels]} | {steps} | {name} | {len(found)} | {local:.1f} / "
+                            f"{wide:.1f} | {before:.2f} to {after:.2f} | {told:.0f} |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -546,10 +558,11 @@ def write_report(folder, docs):
                     "Without the last MLP: the last kept layer adds only what its attention says "
                     f"(FreeRet, arXiv 2509.24621).\n\n{table}")
     if table := distil_table(folder):
-        text.append("## Distillation\n\nValidation queries, local pools, mean of the seeds: stage "
-                    f"1 as given, then {BASE.stage2_steps} steps of InfoNCE, all tasks. Distance: "
-                    "mean squared difference to the unpruned MLLM's states, of queries that "
-                    f"training does not see, before and after stage 1.\n\n{table}")
+        text.append("## Distillation\n\nValidation queries, mean of the seeds: stage 1 as given, "
+                    f"then {BASE.stage2_steps} steps of InfoNCE at its best. Distance: mean "
+                    "squared difference to the states of the teacher (without one: of the MLLM), "
+                    "of queries that training does not see, before and after stage 1. The trained "
+                    f"teacher: all layers, {FINAL} steps of InfoNCE, all labels.\n\n{table}")
     write_text(docs / "evidence.md", "\n\n".join(text) + "\n\n![Local against global](evidence.png)"
                "\n")
     draw(docs / "evidence.png", folder)
