@@ -493,11 +493,11 @@ COLOURS = "tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "0.6",
 def draw(path, folder):
     """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
 
-    Arrows lead from InfoNCE to MAC-Loss: what the loss does, all else equal.
+    Arrows lead from InfoNCE to MAC-Loss. A point is as long on both axes.
     """
-    worlds = seen_worlds(folder)
-    figure, axes = plt.subplots(1, len(worlds), figsize=(1.5 + 4.5 * len(worlds), 4.6),
-                                sharey=True, squeeze=False)
+    worlds, shown = seen_worlds(folder), {}
+    figure, axes = plt.subplots(1, len(worlds), figsize=(3.4 * len(worlds), 6),
+                                sharex=True, sharey=True, squeeze=False)
     for axis, world in zip(axes[0], worlds):
         for mix, marker in zip(MIXES, "os"):
             ends = {}
@@ -508,20 +508,21 @@ def draw(path, folder):
                     continue
                 run = max(runs.values(), key=mean_of_pools)
                 ends[loss] = 100 * run["local"], 100 * run["global"]
-                axis.plot(*ends[loss], marker, color=colour, markersize=9,
-                          label=f"{loss}, {MIXES[mix]}")
+                axis.plot(*ends[loss], marker, color=colour, markersize=9, alpha=0.8)
+                shown |= {MIXES[mix]: (marker, "black"), loss: ("_", colour)}
             if {"InfoNCE", "MAC-Loss"} <= ends.keys():
                 axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
                               arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
                                           "shrinkB": 7})
-        axis.set(title=f"{world} ({WORLDS[world]})", xlabel="local pools: hit rate @5, %")
+        axis.set(title=world, xlabel="local pools, %", aspect="equal")
+        axis.margins(x=0.2)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("global pool: hit rate @5, %")
-    handles = {label: handle for axis in axes[0]
-               for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for label, (marker, colour) in sorted(shown.items(), key=lambda entry: entry[1][0] == "_"):
+        axes[0, -1].plot([], [], marker if marker != "_" else "D", color=colour, label=label)
+    axes[0, -1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
-    figure.savefig(path, dpi=90, bbox_inches="tight")
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
 
