@@ -89,7 +89,8 @@ def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp
     assert lines["InfoNCE, all layers"] == {**lines["InfoNCE"], "keep_layers": 8}
     puma, usual = lines["PUMA, both stages"], Config()
     assert puma["stage1_steps"] + puma["stage2_steps"] == 480  # as many samples
-    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 5
+    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 6
+    assert lines["both stages, InfoNCE"] == {**puma, "loss": "infonce", "temperature": 0.05}
     assert evidence.final_lines(tmp_path, OTHER) == {}
     assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (
         evidence.grid_table(tmp_path, WORLD))

@@ -66,6 +66,10 @@ def risen(tau, progress, decay):
     return tau * math.exp(-decay * (1 - min(1, 2 * progress)))
 
 
+def crossed(tau, progress, decay):
+    return tau * math.exp(decay * (2 * progress - 1))
+
+
 def swapped(query, target, *, temperature, tau_hard, **about):
     return mac_loss(query, target, temperature=tau_hard, tau_hard=temperature, **about)
 
@@ -84,8 +88,8 @@ def pair_by_pair(query, target, *, modality, temperature, tau_hard, duplicate, *
 
 
 # What takes the place of a function in train.py; none of them is in the paper.
-VARIANTS = {"rising": ("hard_temperature", risen), "inverted": ("mac_loss", swapped),
-            "pair": ("mac_loss", pair_by_pair)}
+VARIANTS = {"rising": ("hard_temperature", risen), "crossing": ("hard_temperature", crossed),
+            "inverted": ("mac_loss", swapped), "pair": ("mac_loss", pair_by_pair)}
 LOSSES = {  # name -> settings
     "InfoNCE": {"loss": "infonce"},
     "MAC-Loss": {},
@@ -93,6 +97,7 @@ LOSSES = {  # name -> settings
     "MAC-Loss, positive at tau": {"positive_temperature": "base"},
     "MAC-Loss, pair by pair": {"variant": "pair"},
     "MAC-Loss, rising": {"variant": "rising"},  # hard first, then soft: the other way round
+    "MAC-Loss, crossing": {"variant": "crossing"},  # and on, until intra-modality is the softer
     "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
 DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
@@ -271,7 +276,9 @@ def final_lines(folder, world):
         names = "stage1_steps distill_weight distill_scale tasks_per_batch temperature".split()
         lines["PUMA, both stages"] = test | {name: getattr(usual, name) for name in names} | {
             "data": WORLDS[world], "stage2_steps": FINAL - usual.stage1_steps}
-        lines["both stages, InfoNCE"] = lines["PUMA, both stages"] | {"loss": "infonce"}
+        lines["both stages, rising"] = lines["PUMA, both stages"] | LOSSES["MAC-Loss, rising"]
+        lines["both stages, InfoNCE"] = lines["PUMA, both stages"] | LOSSES["InfoNCE"] | {
+            "temperature": lines["InfoNCE"]["temperature"]}
     return lines
 
 
@@ -487,7 +494,7 @@ def seen_worlds(folder):
             if world == README_WORLD or any(tried(folder, world, loss) for loss in LOSSES)]
 
 
-COLOURS = "tab:blue", "tab:red", "tab:green", "tab:orange", "tab:purple", "0.6", "0.3"  # a loss's
+COLOURS = [f"tab:{name}" for name in "blue red green orange purple brown pink gray".split()]
 
 
 def draw(path, folder):
