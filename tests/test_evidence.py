@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from dataclasses import replace
 
@@ -131,6 +132,14 @@ def test_a_report_without_results_leaves_the_docs_alone(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected the results of runs, found none"):
         evidence.write_report(tmp_path, docs)
     assert (docs / "evidence.json").read_text() == "of five seeds"
+
+
+def test_every_claim_with_an_interval_stands_in_the_evidence():
+    root = evidence.ROOT
+    table = (root / "docs/evidence.md").read_text(encoding="utf-8")
+    claims = [claim for name in ("README.md", "tutorial.ipynb") for claim in re.findall(
+        r"[+-]\d+\.\d ± \d+\.\d", (root / name).read_text(encoding="utf-8"))]
+    assert len(claims) >= 6 and not [claim for claim in claims if f" {claim} |" not in table]
 
 
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path):
