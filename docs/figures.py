@@ -121,7 +121,8 @@ def trained_depths(path):
 
 
 def by_depth(rates, cosine, cka, trained):
-    """Hit rates {pool: [% by depth]}; likeness to the last state; `trained`: file of others."""
+    """Hit rates {pool: [% by depth]}; likeness to the last state; `trained`: the file of
+    `trained_depths`, which are drawn and returned."""
     curves = trained_depths(trained)
     _, axes = plt.subplots(1, 2 + bool(curves), figsize=(12 if not curves else 16, 4.4))
     for which, style in (("local", "o-k"), ("global", "s--k")):
@@ -140,6 +141,7 @@ def by_depth(rates, cosine, cka, trained):
         axes[2].legend(loc="lower right")
     for axis in axes:
         axis.set(xlabel="layers used", xticks=range(len(cosine)))
+    return curves
 
 
 def taught(own, teacher, away, curves, items=24):

@@ -438,8 +438,8 @@ def depth_table(folder):
     for keep in DEPTHS:
         pairs = [[values_of(folder, depth_settings(folder, keep, steps), pool).values()
                   for pool in ("local", "global")] for steps in LENGTHS]
-        cells = [" / ".join(f"{statistics.mean(values):.1f}" for values in pair) if pair[0] else ""
-                 for pair in pairs]
+        cells = [" / ".join(f"{statistics.mean(values):.1f}" for values in pair)
+                 + f" ({len(pair[0])})" if pair[0] else "" for pair in pairs]
         if any(cells):
             rows.append(f"| {keep} | " + " | ".join(cells) + " |")
     return "\n".join(rows) if len(rows) > 3 else ""  # one depth says nothing of depth
@@ -557,8 +557,8 @@ def write_report(folder, docs):
         text += [f"### {world}\n\n{tables[world]}\n\n{premise_table(folder, world)}"
                  for world in WORLDS if tables[world]]
     if table := depth_table(folder):
-        text.append(f"## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds.\n\n"
-                    f"{table}")
+        text.append("## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds (how "
+                    f"many).\n\n{table}")
     if table := layers_table(folder):
         text.append("## Without training\n\nContrastive loss (tau 0.05, training batches of all "
                     "tasks) and hit rate of the untrained MLLM cut after each layer; bold: the "
