@@ -7,7 +7,7 @@ nothing else: copy it into your own training code.
     tau_ij = tau_hard(t)  if modality(j) == modality(p)  else  tau    p = the positive of query i
     tau_hard(t) = tau * exp(-lambda * min(1, 2t))                     t = training progress, 0..1
 
-Negatives of the positive's own modality (*intra-modality*) are hard, others (*inter-*) are easy.
+Negatives of the positive's modality (*intra-modality*) are presumed hard, others (*inter-*) easy.
 `python mac_loss.py` prints how loss and gradient move as tau_hard falls. B queries, N targets.
 """
 

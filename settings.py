@@ -57,7 +57,7 @@ class Config:
     labels: int = arg(0, "use only so many labelled queries (pure distillation: all); 0: all")
     # the losses
     stage1_temperature: float = arg(0.05, "InfoNCE temperature of stage 1 (paper: 0.05)")
-    temperature: float = arg(0.12, "tau of stage 2 (paper: 0.03)")
+    temperature: float = arg(0.12, "tau of stage 2 (paper: 0.03; infonce here: 0.08)")
     decay: float = arg(0.5, "lambda: tau_hard falls to tau * exp(-lambda) (paper: 0.5)")
     schedule: bool = arg(True, "tau_hard falls with training progress; off: low from the start")
     loss: Literal["mac", "infonce"] = arg("mac", "stage 2; infonce keeps tau_hard = tau")

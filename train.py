@@ -52,7 +52,7 @@ def stage_losses(states, teacher_states, batch, stage, progress, config):
              "positive_temperature": config.positive_temperature}
     distill = None  # no L_distill in stage 2
     if stage == 1:
-        # The same temperature for hard and easy negatives makes MAC-Loss plain InfoNCE.
+        # The same temperature for intra- and inter-modality negatives: plain InfoNCE.
         tau = tau_hard = config.stage1_temperature
         loss = contrastive = mac_loss(query, target, temperature=tau, tau_hard=tau, **about)
         if teacher_states is not None:

@@ -43,10 +43,10 @@ def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
 
 @pytest.mark.parametrize("quality, tried", [
     ({0.03: 1, 0.05: 2, 0.08: 1}, [0.03, 0.05, 0.08]),
-    ({0.05: 2, 0.08: 3, 0.12: 2}, [0.05, 0.08, 0.12]),
+    ({0.03: 1, 0.05: 2, 0.08: 3, 0.12: 2}, [0.03, 0.05, 0.08, 0.12]),
     ({0.01: 3, 0.02: 4, 0.03: 3, 0.05: 2, 0.08: 1}, [0.01, 0.02, 0.03, 0.05, 0.08]),
 ])
-def test_tau_is_followed_up_or_down_until_it_gets_worse(quality, tried, monkeypatch,
+def test_tau_is_followed_in_both_directions_until_it_gets_worse(quality, tried, monkeypatch,
                                                                 tmp_path):
     runs = []
 
@@ -90,7 +90,7 @@ def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp
     assert lines["InfoNCE, all layers"] == {**lines["InfoNCE"], "keep_layers": 8}
     puma, usual = lines["PUMA, both stages"], Config()
     assert puma["stage1_steps"] + puma["stage2_steps"] == 480  # as many samples
-    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 6
+    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 7
     assert lines["both stages, InfoNCE"] == {**puma, "loss": "infonce", "temperature": 0.05}
     assert evidence.final_lines(tmp_path, OTHER) == {}
     assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (

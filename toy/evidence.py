@@ -5,14 +5,14 @@
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
-length) follows tau up or down from 0.05 until it gets no better, for each loss, for batches of two
+length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
 tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
 may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
 dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
 the test queries, `depth` asks whether half the layers catch up with training, `layers` what a look
 at the untrained model would choose, `distil` whether stage 1 brings the student nearer to its
-teacher, and when that pays. A run leaves one JSON file in
-`runs/evidence`; a run whose file is there is not done again.
+teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a run whose file is
+there is not done again. What has been run so far, with how many seeds: docs/evidence.md.
 """
 
 import argparse
@@ -57,16 +57,19 @@ BASE = Config(model="toy/tiny-qwen2-vl", keep_layers=4, stage1_steps=0, stage2_s
               decay=0.5, distill_scale=10.0, tasks_per_batch=0, workers=0, eval=False)
 WORLDS = {"one dataset": "data/glyph_beir", "four domains": "data/domains"}
 README_WORLD, FINAL = "one dataset", 480  # FINAL: steps, of both stages together
-TAUS, START = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2), 3
+TAUS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
+START = TAUS.index(0.05)
 ALL = 0
 MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
 
 
 def risen(tau, progress, decay):
+    """tau_hard from tau * exp(-decay) up to tau at half of training; InfoNCE from there on."""
     return tau * math.exp(-decay * (1 - min(1, 2 * progress)))
 
 
 def crossed(tau, progress, decay):
+    """From tau * exp(-decay) up to tau * exp(+decay); equal to tau halfway."""
     return tau * math.exp(decay * (2 * progress - 1))
 
 
@@ -83,8 +86,8 @@ def pair_by_pair(query, target, *, modality, temperature, tau_hard, duplicate, *
     cosines = query @ target.T
     tau = torch.where(modality[:, None] == modality, tau_hard, temperature)
     logits = (cosines - cosines.diagonal()[:, None]) / tau
-    others = duplicate & ~torch.eye(len(query), dtype=torch.bool)
-    return cross_entropy(logits.masked_fill(others, -math.inf), torch.arange(len(query)))
+    also_right = duplicate & ~torch.eye(len(query), dtype=torch.bool)
+    return cross_entropy(logits.masked_fill(also_right, -math.inf), torch.arange(len(query)))
 
 
 # What takes the place of a function in train.py; none of them is in the paper.
@@ -101,7 +104,7 @@ LOSSES = {  # name -> settings
     "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
 DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
-LABELS, TEACHING = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
+LABELS, STAGE1_STEPS = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
 MLLM, TRAINED = "", "teacher"  # whose folder stands beside the results
 TEACHERS = {  # name -> (weight of L_distill, teacher)
     "no teacher": (0.0, MLLM),
@@ -216,7 +219,7 @@ CRITERIA = {"": mean_of_pools, ", best local": local_alone}  # how a loss's best
 
 
 def follow_tau(world, loss, mix, folder):
-    """From 0.05 up as long as it gets better; if it does not, down; by each criterion."""
+    """Outward from 0.05 in both directions as long as it gets better, by each criterion."""
     runs = {}
 
     def run(place):
@@ -229,8 +232,6 @@ def follow_tau(world, loss, mix, folder):
             place = START
             while 0 <= place + step < len(TAUS) and value(run(place + step)) > value(run(place)):
                 place += step
-            if place != START:
-                break
 
 
 def side_by_side(jobs, workers):
@@ -268,8 +269,10 @@ def final_lines(folder, world):
     lines, test = {}, {"stage2_steps": FINAL, "split": "test"}
     for why, value in CRITERIA.items():
         for loss in LOSSES:
-            if choice := best(folder, world, loss, value):
-                lines[loss + why] = settings_of(world, loss, *choice, **test)
+            choice = best(folder, world, loss, value)
+            settings = choice and settings_of(world, loss, *choice, **test)
+            if choice and settings != lines.get(loss):  # the same may be the best by both
+                lines[loss + why] = settings
     if world == README_WORLD and lines:
         lines["InfoNCE, all layers"] = {**lines["InfoNCE"], "keep_layers": 8}
         usual = Config()
@@ -277,18 +280,15 @@ def final_lines(folder, world):
         lines["PUMA, both stages"] = test | {name: getattr(usual, name) for name in names} | {
             "data": WORLDS[world], "stage2_steps": FINAL - usual.stage1_steps}
         lines["both stages, rising"] = lines["PUMA, both stages"] | LOSSES["MAC-Loss, rising"]
-        lines["both stages, InfoNCE"] = lines["PUMA, both stages"] | LOSSES["InfoNCE"] | {
-            "temperature": lines["InfoNCE"]["temperature"]}
+        control = lines["PUMA, both stages"] | LOSSES["InfoNCE"]
+        lines["both stages, InfoNCE"] = control | {"temperature": lines["InfoNCE"]["temperature"]}
+        lines["both stages, InfoNCE at PUMA's tau"] = control
     return lines
 
 
 def finals(folder, workers, seeds=5):
-    jobs = {}  # the same settings may be the best by both
-    for seed in range(seeds):
-        for world in WORLDS:
-            for settings in final_lines(folder, world).values():
-                jobs[run_id(settings), seed] = run_one, settings, seed, folder
-    side_by_side(jobs.values(), workers)
+    side_by_side([(run_one, settings, seed, folder) for seed in range(seeds) for world in WORLDS
+                  for settings in final_lines(folder, world).values()], workers)
 
 
 def infonce(folder, **more):
@@ -341,7 +341,7 @@ def distil_settings(folder, labels, steps, weight, teacher):
 def distil(folder, workers, seeds=3):
     run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
     side_by_side([(run_one, distil_settings(folder, labels, steps, *teacher), seed, folder)
-                  for seed in range(seeds) for labels in LABELS for steps in TEACHING
+                  for seed in range(seeds) for labels in LABELS for steps in STAGE1_STEPS
                   for teacher in TEACHERS.values()], workers)
 
 
@@ -474,7 +474,7 @@ def distil_table(folder):
     rows = ["| labels | steps of stage 1 | teacher | seeds | local / global | distance, before to "
             "after | clips told from their reverse |", "|---|---|---|---|---|---|---|"]
     for labels in LABELS if best(folder, README_WORLD, "InfoNCE", mean_of_pools) else ():
-        for steps in TEACHING:
+        for steps in STAGE1_STEPS:
             for name, teacher in TEACHERS.items():
                 found = results_of(folder, distil_settings(folder, labels, steps, *teacher))
                 if not found:
@@ -500,9 +500,9 @@ COLOURS = [f"tab:{name}" for name in "blue red green orange purple brown pink gr
 def draw(path, folder):
     """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
 
-    Arrows lead from InfoNCE to MAC-Loss. A point is as long on both axes.
+    Arrows lead from InfoNCE to MAC-Loss. A percentage point has the same length on both axes.
     """
-    worlds, shown = seen_worlds(folder), {}
+    worlds, mixes_shown, losses_shown = seen_worlds(folder), {}, {}
     figure, axes = plt.subplots(1, len(worlds), figsize=(3.4 * len(worlds), 6),
                                 sharex=True, sharey=True, squeeze=False)
     for axis, world in zip(axes[0], worlds):
@@ -516,7 +516,7 @@ def draw(path, folder):
                 run = max(runs.values(), key=mean_of_pools)
                 ends[loss] = 100 * run["local"], 100 * run["global"]
                 axis.plot(*ends[loss], marker, color=colour, markersize=9, alpha=0.8)
-                shown |= {MIXES[mix]: (marker, "black"), loss: ("_", colour)}
+                mixes_shown[MIXES[mix]], losses_shown[loss] = (marker, "black"), ("D", colour)
             if {"InfoNCE", "MAC-Loss"} <= ends.keys():
                 axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
                               arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
@@ -525,8 +525,8 @@ def draw(path, folder):
         axis.margins(x=0.2)
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("global pool: hit rate @5, %")
-    for label, (marker, colour) in sorted(shown.items(), key=lambda entry: entry[1][0] == "_"):
-        axes[0, -1].plot([], [], marker if marker != "_" else "D", color=colour, label=label)
+    for label, (marker, colour) in (mixes_shown | losses_shown).items():
+        axes[0, -1].plot([], [], marker, color=colour, label=label)
     axes[0, -1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=100, bbox_inches="tight")
@@ -541,19 +541,20 @@ def write_report(folder, docs):
     lines = ",\n".join(map(json.dumps, results))  # one run a line
     write_text(docs / "evidence.json", f"[\n{lines}\n]\n")
     text = [f"# Evidence\n\nMade by `python toy/evidence.py`: hit rate @5, %, mean over the tasks, "
-            f"local pools / global pool; {BASE.keep_layers} layers, batches of {BASE.batch_size} "
-            "pairs, no stage 1.",
+            f"local pools / global pool; unless a row says otherwise {BASE.keep_layers} layers, "
+            f"batches of {BASE.batch_size} pairs, no stage 1.",
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
-            "from 0.05 up or down until neither the mean of both pools nor the local one gets "
-            "better; bold: the loss's best by the mean. Where a row's best is its last run on "
-            "either side, or its only one, the search was not done to its end."]
+            "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
+            "bold: the loss's best by the mean. Where a row's best is its last run on either side, "
+            "or its only one, the search was not done to its end; a row without a run at 0.05 was "
+            "begun higher, by hand."]
     text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
         text.append("## Finals\n\nTest queries, 480 steps, each loss at its best setting of the "
-                    "grid (of 240 steps), by both pools or by local ones alone; differences are "
-                    "paired by seed, ± half of the 95 % interval. Wrong modality: share of first "
-                    "places on the global pool.")
+                    "grid (of 240 steps), by both pools or by local ones alone, where it was run; "
+                    "differences are paired by seed, ± half of the 95 % interval. Wrong modality: "
+                    "share of first places on the global pool.")
         text += [f"### {world}\n\n{tables[world]}\n\n{premise_table(folder, world)}"
                  for world in WORLDS if tables[world]]
     if table := depth_table(folder):
