@@ -339,6 +339,7 @@ def distil_settings(folder, labels, steps, weight, teacher):
 
 
 def distil(folder, workers, seeds=3):
+    # The trained teacher first: no student can start before its folder is there.
     run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
     side_by_side([(run_one, distil_settings(folder, labels, steps, *teacher), seed, folder)
                   for seed in range(seeds) for labels in LABELS for steps in STAGE1_STEPS
