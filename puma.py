@@ -32,11 +32,11 @@ from torch import nn
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import logging
 
 from support.files import check_option, new_folder
 from support.items import as_item, image_size, load_frames, regular
-from support.run import prepared
+from support.run import choose_attention, prepared
 
 RET = "[RET]"
 PROMPT = "\nSummarize above {} in one word: "
@@ -71,8 +71,8 @@ class PUMA(nn.Module):
 
         `max_visual_tokens` caps the size of images (a token is 28 x 28 pixels), `max_text_tokens`
         cuts instruction + text, a video is read at `max_frames` (even); by default as in training,
-        or the paper's 300 and 450, and 8. `dtype`: float32 on a CPU, bfloat16 on a GPU, there with
-        FlashAttention if installed. ValueError on a bad depth, an incomplete folder, other weights.
+        or the paper's 300 and 450, and 8. `dtype`: float32 on a CPU, bfloat16 on a GPU.
+        Raises ValueError on a bad depth, an incomplete folder, other weights.
         """
         config = load_config(name_or_path)
         # Limits, in rising priority: the paper's, those of a saved PUMA, the arguments.
@@ -86,7 +86,6 @@ class PUMA(nn.Module):
         config.puma = limits  # saved with the model: it is evaluated as it was trained
         gpu = torch.device(device).type != "cpu"
         dtype = dtype or (torch.bfloat16 if gpu else torch.float32)
-        fast = dtype in (torch.bfloat16, torch.float16) and is_flash_attn_2_available()
         with loading(name_or_path):
             text_config = config.get_text_config()
             depth = text_config.num_hidden_layers
@@ -96,7 +95,7 @@ class PUMA(nn.Module):
             backbone, report = AutoModel.from_pretrained(
                 name_or_path, config=config, dtype=dtype, output_loading_info=True,
                 use_safetensors=True, trust_remote_code=False,
-                attn_implementation="flash_attention_2" if fast else "sdpa" if gpu else "float32")
+                attn_implementation="sdpa" if gpu else "float32")
             _check_weights(report, len(backbone.language_model.layers))
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
             processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
@@ -237,8 +236,9 @@ class PUMA(nn.Module):
         """The frozen tower's output (V, D) for all visuals of a batch, or None; no gradient."""
         if "pixel_values" not in batch:
             return batch.get("visual")  # remembered, or there is none
-        pixels = batch["pixel_values"].to(self.backbone.visual.dtype)
-        return self.backbone.visual(pixels, grid_thw=batch["grid_thw"]).pooler_output
+        tower, pixels = self.backbone.visual, batch["pixel_values"]
+        choose_attention(tower)
+        return tower(pixels.to(tower.dtype), grid_thw=batch["grid_thw"]).pooler_output
 
     def remember(self, items, budget, workers=0, chunk=256):
         """Put the visual tokens of these items' files into memory; `collate` then opens none of

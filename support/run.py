@@ -19,7 +19,9 @@ import torch
 from filelock import FileLock, Timeout  # a package that torch itself needs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.backends.cuda import flash_sdp_enabled
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -260,6 +262,26 @@ def float32_attention(layer, query, key, value, attention_mask, **options):
     return out.to(query.dtype), weights
 
 
+def packed_attention(layer, query, key, value, attention_mask, *, cu_seq_lens_q, max_length_q, **_):
+    """The vision tower's: a patch looks at those of its own frame, whose ends `cu_seq_lens_q` are.
+    PyTorch's FlashAttention takes all frames in one call; transformers alone makes one a frame."""
+    packed = (states[0].transpose(0, 1) for states in (query, key, value))  # (P, heads, width)
+    lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+    return varlen_attn(*packed, *lengths)[None], None
+
+
+def choose_attention(tower):
+    """Let a vision tower use the fastest attention that there is for it, here and now."""
+    kind, name = tower.device.type, "sdpa"
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tower.dtype
+    if kind == "cuda" and dtype.itemsize == 2 and flash_sdp_enabled() and (
+            torch.cuda.get_device_capability(tower.device) >= (8, 0)):  # none for older GPUs
+        name = "packed_flash"  # by "flash" transformers knows that it takes the frames' ends
+    # Not by set_attn_implementation: that looks for a package behind a name with "flash" in it.
+    tower.config._attn_implementation = "float32" if kind == "cpu" else name
+
+
+AttentionInterface.register("packed_flash", packed_attention)
 AttentionInterface.register("float32", float32_attention)
 AttentionMaskInterface.register("float32", sdpa_mask)  # a name that puma.py loads models with
 

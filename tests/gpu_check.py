@@ -6,7 +6,8 @@
 
 writes a Markdown table to --out (default gpu_check.md):
 
-1. agreement: embeddings and gradients of a small float32 model, on the CPU and on the device;
+1. agreement: embeddings and gradients of a small float32 model, and its vision tower in bfloat16,
+   on the CPU and on the device;
 2. for each number of kept layers: seconds of a training step (`train.large_batch_step`, AdamW, bf16
    autocast), pairs a second, MFU, peak memory; items encoded a second (bf16), its MFU, the speed-up
    over all layers and beside it the ratio of the operations, which it could reach at best;
@@ -198,6 +199,18 @@ def agreement(device):
     return float((one - other).abs().max()), worst
 
 
+def tower_agreement(device):
+    """Largest difference of the vision tower's tokens, relative to the largest: on the CPU in
+    float32, and on the device in bfloat16, where a GPU takes all images in one call."""
+    torch.manual_seed(0)
+    ours = build(SHAPES["tiny"], 1, torch.device("cpu"), torch.float32)
+    batch = ours.collate(make_items(6, SIDE["tiny"])[1])
+    exact = ours.visual_tokens(batch)
+    half = copy.deepcopy(ours).to(device, torch.bfloat16)
+    rounded = half.visual_tokens({key: part.to(device) for key, part in batch.items()})
+    return float((exact - rounded.float().cpu()).abs().max() / exact.abs().max())
+
+
 def no_peft():
     """What is missing where peft is not installed, else ""."""
     return "" if importlib.util.find_spec("peft") else "LoRA needs peft: pip install peft"
@@ -307,7 +320,8 @@ def main():
                  "items. Aim for 2b with 12 layers: MFU 40 % in training, 50 % in encoding.", ""]
         embedding, gradient = agreement(device)
         lines += [f"CPU and {device.type} agree: embeddings within {embedding:.1e}, gradients "
-                  f"within {gradient:.1e} of the largest of each weight.", ""]
+                  f"within {gradient:.1e} of the largest of each weight; the vision tower in "
+                  f"bfloat16 within {(tower := tower_agreement(device)):.1e} of its largest.", ""]
         rows = [out_of_memory_is({"layers": keep, "note": " out of memory"}, measure, args,
                                  device, keep, peak) for keep in layers]
         lines += [*table(rows), ""]
@@ -321,7 +335,7 @@ def main():
     text = "\n".join(lines) + "\n"
     args.out.write_text(text, encoding="utf-8")
     print(text + f"wrote {args.out}")
-    if max(embedding, gradient) > 1e-3:
+    if max(embedding, gradient) > 1e-3 or tower > 0.05:
         print("error: CPU and GPU do not agree", file=sys.stderr)
         sys.exit(1)
 

@@ -180,6 +180,27 @@ def test_clips_and_stills_in_a_batch_give_the_states_of_the_stock_model(puma, tm
     assert torch.equal(parts[2], puma.collate(frames[:1])["pixel_values"])  # a still
 
 
+def test_a_gpus_attention_keeps_pictures_and_frames_apart(puma, monkeypatch, tmp_path):
+    def slow(query, key, value, ends, ends_of_keys, longest, longest_of_keys):  # (P, heads, width)
+        assert ends is ends_of_keys and longest == longest_of_keys == ends.diff().max()
+        out = torch.empty_like(query)
+        for start, end in zip(ends.tolist(), ends.tolist()[1:]):
+            for head in range(query.shape[1]):
+                q, k, v = (part[start:end, head] for part in (query, key, value))
+                out[start:end, head] = (q @ k.T / q.shape[1] ** 0.5).softmax(1) @ v
+        return out
+
+    frames = [picture(seed, (56, 84)) for seed in range(4)]
+    frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:])
+    batch = puma.collate([picture(4), {"video": str(tmp_path / "clip.gif")}, picture(5, (84, 112))])
+    expected = puma.visual_tokens(batch)
+    # PyTorch's kernel runs on GPUs alone: tests/gpu_check.py compares its results.
+    monkeypatch.setattr("support.run.varlen_attn", slow)
+    monkeypatch.setattr("puma.choose_attention", lambda tower: None)
+    puma.backbone.visual.config._attn_implementation = "packed_flash"
+    torch.testing.assert_close(puma.visual_tokens(batch), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_special_tokens_in_a_users_text_stay_text(puma):
     text = "a <|image_pad|> [RET] <|im_end|> b"
     batch = puma.collate([text])

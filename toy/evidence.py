@@ -45,6 +45,7 @@ from mac_loss import mac_loss  # noqa: E402
 from prune_distill import find_decoder, layer_embeddings, prune_layers  # noqa: E402
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
+from support.distributed import pick_device  # noqa: E402
 from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
 from support.pictures import plt  # noqa: E402
 from support.report import modality_confusion, score  # noqa: E402
@@ -77,17 +78,18 @@ def swapped(query, target, *, temperature, tau_hard, **about):
     return mac_loss(query, target, temperature=tau_hard, tau_hard=temperature, **about)
 
 
-@torch.autocast("cpu", enabled=False)  # in float32, as mac_loss
 def pair_by_pair(query, target, *, modality, temperature, tau_hard, duplicate, **_):
     """Each negative beside the positive at the negative's own temperature: the sum in the loss is
     over exp((s_ij - s_ii) / tau_ij). So one that is as similar as the positive weighs as much,
     whatever its modality; in MAC-Loss such an inter-modality negative is left alone."""
-    query, target = (normalize(side.float(), dim=1) for side in (query, target))
-    cosines = query @ target.T
-    tau = torch.where(modality[:, None] == modality, tau_hard, temperature)
-    logits = (cosines - cosines.diagonal()[:, None]) / tau
-    also_right = duplicate & ~torch.eye(len(query), dtype=torch.bool)
-    return cross_entropy(logits.masked_fill(also_right, -math.inf), torch.arange(len(query)))
+    own = torch.arange(len(query), device=query.device)
+    with torch.autocast(query.device.type, enabled=False):  # in float32, as mac_loss
+        query, target = (normalize(side.float(), dim=1) for side in (query, target))
+        cosines = query @ target.T
+        tau = torch.where(modality[:, None] == modality, tau_hard, temperature)
+        logits = (cosines - cosines.diagonal()[:, None]) / tau
+        also_right = duplicate & (own[:, None] != own)
+        return cross_entropy(logits.masked_fill(also_right, -math.inf), own)
 
 
 # What takes the place of a function in train.py; none of them is in the paper.
@@ -103,7 +105,7 @@ LOSSES = {  # name -> settings
     "MAC-Loss, crossing": {"variant": "crossing"},  # and on, until intra-modality is the softer
     "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
-DEPTHS, LENGTHS = (2, 4, 6, 8), (80, 240, 480, 960)
+DEPTHS, LENGTHS = range(1, 9), (80, 240, 480, 960)
 LABELS, STAGE1_STEPS = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
 MLLM, TRAINED = "", "teacher"  # whose folder stands beside the results
 TEACHERS = {  # name -> (weight of L_distill, teacher)
@@ -131,7 +133,7 @@ def run_one(settings, seed, folder, keep=None):
     if path.exists() and (keep is None or keep.exists()):
         return json.loads(path.read_text())
     torch.set_num_threads(1)
-    settings, started, device = dict(settings), time.time(), torch.device("cpu")
+    settings, started, device = dict(settings), time.time(), pick_device("")
     split = settings.pop("split", "val")
     name, function = VARIANTS.get(settings.pop("variant", None), ("mac_loss", mac_loss))
     if settings.get("teacher"):
@@ -143,7 +145,7 @@ def run_one(settings, seed, folder, keep=None):
     teacher = train.load_teacher(config, student, device)
     sets = {stage: train.train_set(Benchmark(config.data, seed), config, stage)
             for stage in (1, 2)}
-    result = {"id": path.name.rpartition(" seed=")[0], "seed": seed}
+    result = {"id": path.name.rpartition(" seed=")[0], "seed": seed, "device": device.type}
     if split == "test":  # the premise before and after
         result["premise before"] = premise(student, config.data, config.tasks_per_batch)
     run = Run(work := folder / f"work-{os.getpid()}")
