@@ -245,7 +245,7 @@ class PUMA(nn.Module):
         them. `workers` processes read them. None is kept if they take more than `budget` bytes."""
         # The tower is frozen, so a picture's tokens are the same in every epoch. Chunks are the
         # same in every run, too, so that a run that is continued has the same roundings.
-        files, least = {}, 4 * self.ret_embedding.nbytes  # bytes of a small picture's tokens
+        files, least = {}, 2 * self.ret_embedding.nbytes  # a small picture's: 4 tokens of bfloat16
         for looked, item in enumerate(map(as_item, items)):
             if isinstance(visual_of(item), str):
                 files.setdefault(visual_of(item), item)

@@ -108,7 +108,7 @@ def trained_depths(path):
     """{steps: {layers: % local}} of the runs on depth in toy/evidence.py's JSON file; {} if absent.
     """
     groups = defaultdict(lambda: defaultdict(list))
-    for run in json.loads(Path(path).read_text()) if Path(path).exists() else []:
+    for run in json.loads(Path(path).read_text())["runs"] if Path(path).exists() else []:
         about = dict(part.split("=", 1) for part in run["id"].split() if "=" in part)
         layers, steps = (int(about.pop(key, usual)) for key, usual in (
             ("keep_layers", 4), ("stage2_steps", 240)))  # what an id leaves out

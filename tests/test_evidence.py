@@ -116,14 +116,23 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
             premise = {f"premise {when}": {"cosine to the positive": value}
                        for when in ("before", "after")}
             write_json(path, json.loads(path.read_text()) | premise)
+    one = {"local": 0.2, "global": 0.1}
+    write_json(tmp_path / "layers.json", {"loss": [3.0, 2.0, 1.0]} | {
+        f"{depth}{cut}": one for depth in (1, 2) for cut in ("", " without the last MLP")})
     (docs := tmp_path / "docs").mkdir()
     evidence.write_report(tmp_path, docs)
     text = (docs / "evidence.md").read_text(encoding="utf-8")
     half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
     assert "| InfoNCE | 2 tasks a batch, 0.05 | 2 | 75.0 |  | 50.0 |  | 10.0 |  |" in text
     assert f"| MAC-Loss | 2 tasks a batch, 0.05 | 2 | 78.5 | +3.5 ± {half:.1f} | " in text
-    assert len(json.loads((docs / "evidence.json").read_text())) == 6
     assert (docs / "evidence.png").exists()
+    # Whoever clones the repository goes on from its results, with the same MLLM and worlds only.
+    for name, files in ((tmp_path.name, 7), ("another", 0)):
+        evidence.restore(tmp_path / "clone" / name, docs)
+        found = sorted((tmp_path / "clone" / name).glob("*.json"))
+        assert [path.name for path in found] == [
+            path.name for path in sorted(tmp_path.glob("*.json"))][:files]
+        assert all(path.read_text() == (tmp_path / path.name).read_text() for path in found)
 
 
 def test_a_report_without_results_leaves_the_docs_alone(tmp_path):

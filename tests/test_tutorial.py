@@ -207,7 +207,7 @@ def test_the_curves_by_depth_are_those_of_the_evidence(tmp_path):
             for (layers, steps), name in ids.items() for seed in (0, 2)]
     other = evidence.run_id(evidence.settings_of("four domains", "MAC-Loss", 2, 0.08))
     path = tmp_path / "evidence.json"
-    path.write_text(json.dumps([{"id": other, "seed": 0, "local": 0.9}, *runs]))
+    path.write_text(json.dumps({"runs": [{"id": other, "seed": 0, "local": 0.9}, *runs]}))
     found = figures.trained_depths(path)
     assert found == {steps: {k: pytest.approx(10 * k + 1 + steps / 10) for k in evidence.DEPTHS}
                      for steps in (80, 240)}

@@ -12,10 +12,12 @@ dataset, as in M-BEIR. `finals` trains the winners at full length with five seed
 the test queries, `depth` asks whether half the layers catch up with training, `layers` what a look
 at the untrained model would choose, `distil` whether stage 1 brings the student nearer to its
 teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a run whose file is
-there is not done again. What has been run so far, with how many seeds: docs/evidence.md.
+there is not done again, and a new folder begins with the results in docs/evidence.json. What has
+been run so far, with how many seeds: docs/evidence.md.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
@@ -46,7 +48,7 @@ from prune_distill import find_decoder, layer_embeddings, prune_layers  # noqa: 
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.distributed import pick_device  # noqa: E402
-from support.files import check_option, clear_errors, write_json, write_text  # noqa: E402
+from support.files import check_option, clear_errors, read_json, write_json, write_text  # noqa: E402
 from support.pictures import plt  # noqa: E402
 from support.report import modality_confusion, score  # noqa: E402
 from support.run import Run  # noqa: E402
@@ -135,7 +137,7 @@ def run_one(settings, seed, folder, keep=None):
     torch.set_num_threads(1)
     settings, started, device = dict(settings), time.time(), pick_device("")
     split = settings.pop("split", "val")
-    name, function = VARIANTS.get(settings.pop("variant", None), ("mac_loss", mac_loss))
+    variant = settings.pop("variant", None)
     if settings.get("teacher"):
         settings["teacher"] = str(folder / settings["teacher"])
     config = replace(BASE, seed=seed, **settings)
@@ -148,21 +150,21 @@ def run_one(settings, seed, folder, keep=None):
     result = {"id": path.name.rpartition(" seed=")[0], "seed": seed, "device": device.type}
     if split == "test":  # the premise before and after
         result["premise before"] = premise(student, config.data, config.tasks_per_batch)
-    run = Run(work := folder / f"work-{os.getpid()}")
     train.remember_images(student, sets.values(), config)
-    usual = getattr(train, name)
-    setattr(train, name, function)
+    work = folder / f"work-{os.getpid()}"
     try:
-        for stage, dataset in sets.items():
-            if not len(dataset):
-                continue
-            if stage == 1:
-                result["apart before"] = apart(student, benchmark, config.teacher)
-            train.train_stage(stage, student, teacher if stage == 1 else None, dataset, config, run)
-            if stage == 1:
-                result["apart after"] = apart(student, benchmark, config.teacher)
-    finally:
-        setattr(train, name, usual)
+        with replaced(variant), Run(work) as run:
+            for stage, dataset in sets.items():
+                if not len(dataset):
+                    continue
+                if stage == 1:
+                    result["apart before"] = apart(student, benchmark, config.teacher)
+                own_teacher = teacher if stage == 1 else None
+                train.train_stage(stage, student, own_teacher, dataset, config, run)
+                if stage == 1:
+                    result["apart after"] = apart(student, benchmark, config.teacher)
+    finally:  # after an error as well: the next run of this process takes the same folder
+        shutil.rmtree(work, ignore_errors=True)
     student.remembered = {}
     if split == "test":
         result["premise after"] = premise(student, config.data, config.tasks_per_batch)
@@ -170,13 +172,24 @@ def run_one(settings, seed, folder, keep=None):
         result["direction"] = [direction(student, config.data, shuffled=mixed)
                                for mixed in (False, True)]
     result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
-    shutil.rmtree(work)
     if keep:
         student.save_pretrained(keep)
     write_json(path, result)
     print(f"{result['seconds']} s: {result['local']:.1%} {result['global']:.1%} {path.stem}",
           flush=True)
     return result
+
+
+@contextlib.contextmanager
+def replaced(variant):
+    """Let train.py use a variant's function meanwhile; None: its own."""
+    name, function = VARIANTS.get(variant, ("mac_loss", mac_loss))
+    usual = getattr(train, name)
+    setattr(train, name, function)
+    try:
+        yield
+    finally:
+        setattr(train, name, usual)
 
 
 def scores(model, benchmark, split):
@@ -541,8 +554,10 @@ def write_report(folder, docs):
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     if not results:  # the tables that are there are worth more than empty ones
         raise FileNotFoundError(f"{folder}: expected the results of runs, found none")
+    layers = folder / "layers.json"
+    about = {"of": folder.name, "layers": read_json(layers) if layers.exists() else {}}
     lines = ",\n".join(map(json.dumps, results))  # one run a line
-    write_text(docs / "evidence.json", f"[\n{lines}\n]\n")
+    write_text(docs / "evidence.json", f'{json.dumps(about)[:-1]}, "runs": [\n{lines}\n]}}\n')
     text = [f"# Evidence\n\nMade by `python toy/evidence.py`: hit rate @5, %, mean over the tasks, "
             f"local pools / global pool; unless a row says otherwise {BASE.keep_layers} layers, "
             f"batches of {BASE.batch_size} pairs, no stage 1.",
@@ -580,6 +595,18 @@ def write_report(folder, docs):
     draw(docs / "evidence.png", folder)
 
 
+def restore(folder, docs):
+    """Begin a new folder of results with those of `docs`, if they are of its MLLM and worlds."""
+    folder.mkdir(parents=True)
+    path = docs / "evidence.json"
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("of") == folder.name:
+        for run in kept["runs"]:
+            write_json(folder / f"{run['id']} seed={run['seed']}.json", run)
+        if kept["layers"]:
+            write_json(folder / "layers.json", kept["layers"])
+
+
 PARTS = {"grid": grid, "finals": finals, "depth": depth, "layers": layers, "distil": distil}
 
 
@@ -601,8 +628,6 @@ def run(args):
     check_option("--workers", args.workers, int, 1, 1024)
     args.work = args.work.absolute()
     os.chdir(ROOT)  # the paths in Config are relative to the repository
-    if args.report and not args.work.exists():
-        raise FileNotFoundError(f"--work {args.work}: expected the results of runs, found none")
     weights = Path(BASE.model, "model.safetensors").read_bytes()
     args.work.mkdir(parents=True, exist_ok=True)  # fails now or never
     evaluate.ensure_data(BASE.data)
@@ -611,8 +636,9 @@ def run(args):
     for world in WORLDS.values():  # another MLLM or another world has other results
         weights += Path(world, "query/union_train/mbeir_union_up_train.jsonl").read_bytes()
     args.work /= hashlib.sha256(weights).hexdigest()[:8]
+    if not args.work.exists():
+        restore(args.work, ROOT / "docs")
     if not args.report:
-        args.work.mkdir(exist_ok=True)
         for part in args.parts or PARTS:
             PARTS[part](args.work, args.workers)
             write_report(args.work, ROOT / "docs")
