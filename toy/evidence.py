@@ -48,7 +48,13 @@ from prune_distill import find_decoder, layer_embeddings, prune_layers  # noqa: 
 from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.distributed import pick_device  # noqa: E402
-from support.files import check_option, clear_errors, read_json, write_json, write_text  # noqa: E402
+from support.files import (  # noqa: E402
+    check_option,
+    clear_errors,
+    read_json,
+    write_json,
+    write_text,
+)
 from support.pictures import plt  # noqa: E402
 from support.report import modality_confusion, score  # noqa: E402
 from support.run import Run  # noqa: E402
@@ -64,6 +70,9 @@ TAUS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 START = TAUS.index(0.05)
 ALL = 0
 MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
+# Only to see what lies between: both main losses at one tau, in one world; not chosen from.
+BETWEEN, BETWEEN_TAU = {1: "1 task a batch", 4: "4 tasks a batch"}, 0.08
+EVERY_MIX = dict(sorted((MIXES | BETWEEN).items(), key=lambda mix: mix[0] or math.inf))
 
 
 def risen(tau, progress, decay):
@@ -257,14 +266,16 @@ def side_by_side(jobs, workers):
 
 
 def grid(folder, workers):
-    side_by_side([(follow_tau, world, loss, mix, folder)
-                  for world in WORLDS for loss in LOSSES for mix in MIXES], workers)
+    jobs = [(run_one, settings_of(README_WORLD, loss, mix, BETWEEN_TAU), 0, folder)
+            for loss in ("InfoNCE", "MAC-Loss") for mix in BETWEEN]
+    side_by_side([*jobs, *((follow_tau, world, loss, mix, folder)
+                           for world in WORLDS for loss in LOSSES for mix in MIXES)], workers)
 
 
-def tried(folder, world, loss):
+def tried(folder, world, loss, mixes=MIXES):
     """{(mix, tau): result} of the grid's runs that are there."""
     found = {}
-    for mix in MIXES:
+    for mix in mixes:
         for tau in TAUS:
             path = folder / f"{run_id(settings_of(world, loss, mix, tau))} seed=0.json"
             if path.exists():
@@ -390,8 +401,9 @@ def grid_table(folder, world):
     lines = ["| loss | batch | " + " | ".join(f"tau {tau}" for tau in TAUS) + " |",
              "|---|---|" + "---|" * len(TAUS)]
     for loss in LOSSES:
-        runs, choice = tried(folder, world, loss), best(folder, world, loss, mean_of_pools)
-        for mix, name in MIXES.items():
+        runs = tried(folder, world, loss, EVERY_MIX)
+        choice = best(folder, world, loss, mean_of_pools)
+        for mix, name in EVERY_MIX.items():
             cells = [f"{100 * run['local']:.1f} / {100 * run['global']:.1f}" if run else ""
                      for run in (runs.get((mix, tau)) for tau in TAUS)]
             if choice and choice[0] == mix:
@@ -522,29 +534,29 @@ def draw(path, folder):
     figure, axes = plt.subplots(1, len(worlds), figsize=(3.4 * len(worlds), 6),
                                 sharex=True, sharey=True, squeeze=False)
     for axis, world in zip(axes[0], worlds):
-        for mix, marker in zip(MIXES, "os"):
+        for mix, marker in zip(EVERY_MIX, "<o>s", strict=True):
             ends = {}
             for loss, colour in zip(LOSSES, COLOURS, strict=True):
-                runs = {tau: run for (m, tau), run in tried(folder, world, loss).items()
-                        if m == mix}
+                runs = tried(folder, world, loss, [mix])
                 if not runs:
                     continue
                 run = max(runs.values(), key=mean_of_pools)
                 ends[loss] = 100 * run["local"], 100 * run["global"]
                 axis.plot(*ends[loss], marker, color=colour, markersize=9, alpha=0.8)
-                mixes_shown[MIXES[mix]], losses_shown[loss] = (marker, "black"), ("D", colour)
+                mixes_shown[EVERY_MIX[mix]], losses_shown[loss] = (marker, "black"), ("D", colour)
             if {"InfoNCE", "MAC-Loss"} <= ends.keys():
                 axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
                               arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
                                           "shrinkB": 7})
         axis.set(title=world, xlabel="local pools, %", aspect="equal")
         axis.margins(x=0.2)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(4, prune="upper"))
         axis.grid(alpha=0.3)
     axes[0, 0].set_ylabel("global pool: hit rate @5, %")
     for label, (marker, colour) in (mixes_shown | losses_shown).items():
         axes[0, -1].plot([], [], marker, color=colour, label=label)
     axes[0, -1].legend(fontsize=9, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
+    figure.tight_layout(w_pad=2)
     figure.savefig(path, dpi=100, bbox_inches="tight")
     plt.close(figure)
 
@@ -563,9 +575,10 @@ def write_report(folder, docs):
             f"batches of {BASE.batch_size} pairs, no stage 1.",
             f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
             "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
-            "bold: the loss's best by the mean. Where a row's best is its last run on either side, "
-            "or its only one, the search was not done to its end; a row without a run at 0.05 was "
-            "begun higher, by hand."]
+            "bold: the loss's best by the mean. One task and four were tried at one tau only, to "
+            "see what lies between, and are not chosen from. Where a row's best is its last run on "
+            "either side, or its only one, the search was not done to its end; a row without a run "
+            "at 0.05 was begun higher, by hand."]
     text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
     tables = {world: finals_table(folder, world) for world in WORLDS}
     if any(tables.values()):
