@@ -117,7 +117,7 @@ LOSSES = {  # name -> settings
     "MAC-Loss, inverted": {"variant": "inverted"},  # the other modalities get the lower tau
 }
 DEPTHS, LENGTHS = range(1, 9), (80, 240, 480, 960)
-LABELS, STAGE1_STEPS = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 480)
+LABELS, STAGE1_STEPS = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 240, 480)
 MLLM, TRAINED = "", "teacher"  # whose folder stands beside the results
 TEACHERS = {  # name -> (weight of L_distill, teacher)
     "no teacher": (0.0, MLLM),
