@@ -80,6 +80,20 @@ def test_pair_by_pair_each_negative_meets_the_positive_at_its_own_temperature():
     assert loss.item() == pytest.approx(statistics.mean(map(math.log, rows)), rel=1e-5)
 
 
+def test_a_learnt_temperature_begins_as_infonce_and_goes_down_its_own_gradient():
+    query, target, modality = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 0, 1, 1])
+    about = {"modality": modality, "duplicate": torch.eye(4, dtype=torch.bool)}
+    with evidence.replaced("learnt") as learnt:
+        losses = []
+        for _ in range(50):
+            losses.append(learnt(query, target, temperature=0.2, tau_hard=0.2, **about))
+            losses[-1].backward()
+    assert losses[0].item() == pytest.approx(mac_loss(query, target, modality, 0.2, 0.2).item())
+    assert losses[-1] < losses[0] and learnt.log_tau.exp() != 0.2
+    with evidence.replaced("learnt") as another:
+        assert another.log_tau is None  # each run learns its own
+
+
 def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp_path):
     put(tmp_path, 0.8, 0.5, tau=0.03)
     put(tmp_path, 0.7, 0.9, tau=0.05)

@@ -103,13 +103,32 @@ def pair_by_pair(query, target, *, modality, temperature, tau_hard, duplicate, *
         return cross_entropy(logits.masked_fill(also_right, -math.inf), own)
 
 
+class LearntTemperature:
+    """InfoNCE whose log tau is learnt beside the weights, from the given tau on, as in CLIP."""
+
+    log_tau = optimizer = None
+
+    def __call__(self, query, target, *, temperature, tau_hard, **about):
+        if self.optimizer is None:
+            self.log_tau = torch.tensor(math.log(temperature), device=query.device,
+                                        requires_grad=True)
+            self.optimizer = torch.optim.Adam([self.log_tau], lr=BASE.lr)
+        self.optimizer.step()  # with the gradient of the step before; none yet: nothing happens
+        self.optimizer.zero_grad()
+        tau = self.log_tau.exp()
+        return pair_by_pair(query, target, temperature=tau, tau_hard=tau, **about)
+
+
 # What takes the place of a function in train.py; none of them is in the paper.
 VARIANTS = {"rising": ("hard_temperature", risen), "crossing": ("hard_temperature", crossed),
-            "inverted": ("mac_loss", swapped), "pair": ("mac_loss", pair_by_pair)}
+            "inverted": ("mac_loss", swapped), "pair": ("mac_loss", pair_by_pair),
+            "learnt": ("mac_loss", LearntTemperature())}
 LOSSES = {  # name -> settings
     "InfoNCE": {"loss": "infonce"},
     "MAC-Loss": {},
     "InfoNCE + offset 1": {"loss": "infonce", "intra_offset": 1.0},
+    "InfoNCE + offset 2": {"loss": "infonce", "intra_offset": 2.0},
+    "InfoNCE, learnt tau": {"loss": "infonce", "variant": "learnt"},  # tau: where it begins
     "MAC-Loss, positive at tau": {"positive_temperature": "base"},
     "MAC-Loss, pair by pair": {"variant": "pair"},
     "MAC-Loss, rising": {"variant": "rising"},  # hard first, then soft: the other way round
@@ -162,7 +181,7 @@ def run_one(settings, seed, folder, keep=None):
     train.remember_images(student, sets.values(), config)
     work = folder / f"work-{os.getpid()}"
     try:
-        with replaced(variant), Run(work) as run:
+        with replaced(variant) as function, Run(work) as run:
             for stage, dataset in sets.items():
                 if not len(dataset):
                     continue
@@ -172,6 +191,8 @@ def run_one(settings, seed, folder, keep=None):
                 train.train_stage(stage, student, own_teacher, dataset, config, run)
                 if stage == 1:
                     result["apart after"] = apart(student, benchmark, config.teacher)
+        if variant == "learnt":
+            result["tau after"] = function.log_tau.exp().item()
     finally:  # after an error as well: the next run of this process takes the same folder
         shutil.rmtree(work, ignore_errors=True)
     student.remembered = {}
@@ -191,12 +212,12 @@ def run_one(settings, seed, folder, keep=None):
 
 @contextlib.contextmanager
 def replaced(variant):
-    """Let train.py use a variant's function meanwhile; None: its own."""
+    """Let train.py use a variant's function meanwhile; None: its own. -> the function"""
     name, function = VARIANTS.get(variant, ("mac_loss", mac_loss))
-    usual = getattr(train, name)
+    usual, function = getattr(train, name), copy.deepcopy(function)  # one that has learnt nothing
     setattr(train, name, function)
     try:
-        yield
+        yield function
     finally:
         setattr(train, name, usual)
 
@@ -522,7 +543,8 @@ def seen_worlds(folder):
             if world == README_WORLD or any(tried(folder, world, loss) for loss in LOSSES)]
 
 
-COLOURS = [f"tab:{name}" for name in "blue red green orange purple brown pink gray".split()]
+COLOURS = [f"tab:{name}" for name in
+           "blue red green olive cyan orange purple brown pink gray".split()]
 
 
 def draw(path, folder):
