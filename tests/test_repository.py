@@ -222,7 +222,9 @@ def test_every_link_of_the_readme_leads_to_a_file():
     links = [link for link in links if "://" not in link]
     assert len(links) > 10
     for link in links:
-        assert (ROOT / link).exists(), link
+        path, _, section = link.partition("#")
+        assert (ROOT / path).exists(), link
+        assert not section or f"\n## {section.capitalize()}\n" in (ROOT / path).read_text(), link
 
 
 def test_every_row_of_the_fidelity_table_has_a_test_of_its_name():

@@ -550,7 +550,8 @@ COLOURS = [f"tab:{name}" for name in
 def draw(path, folder):
     """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
 
-    Arrows lead from InfoNCE to MAC-Loss. A percentage point has the same length on both axes.
+    Arrows lead from InfoNCE to MAC-Loss, the large points. A percentage point has the same length
+    on both axes.
     """
     worlds, mixes_shown, losses_shown = seen_worlds(folder), {}, {}
     figure, axes = plt.subplots(1, len(worlds), figsize=(3.4 * len(worlds), 6),
@@ -564,7 +565,8 @@ def draw(path, folder):
                     continue
                 run = max(runs.values(), key=mean_of_pools)
                 ends[loss] = 100 * run["local"], 100 * run["global"]
-                axis.plot(*ends[loss], marker, color=colour, markersize=9, alpha=0.8)
+                size = 10 if loss in ("InfoNCE", "MAC-Loss") else 6
+                axis.plot(*ends[loss], marker, color=colour, markersize=size, alpha=0.8)
                 mixes_shown[EVERY_MIX[mix]], losses_shown[loss] = (marker, "black"), ("D", colour)
             if {"InfoNCE", "MAC-Loss"} <= ends.keys():
                 axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
