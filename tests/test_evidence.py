@@ -149,6 +149,15 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
         assert all(path.read_text() == (tmp_path / path.name).read_text() for path in found)
 
 
+def test_half_the_layers_are_set_against_all_of_them_seed_by_seed(tmp_path):
+    put(tmp_path, 0.7, 0.7)
+    for seed, whole in enumerate([0.8, 0.9]):
+        for keep, found in ((4, 0.6), (8, whole)):
+            put(tmp_path, found, 0.5, seed, keep_layers=keep, stage2_steps=80, split="test")
+    gap = f"-25.0 ± {12.706 * 5:.1f} / +0.0 ± 0.0"  # of -20 and -30
+    assert evidence.depth_table(tmp_path).endswith(f"\n| 4 against 8 | {gap} |  |  |  |")
+
+
 def test_a_report_without_results_leaves_the_docs_alone(tmp_path):
     (docs := tmp_path / "docs").mkdir()
     (docs / "evidence.json").write_text("of five seeds")

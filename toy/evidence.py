@@ -417,6 +417,13 @@ def values_of(folder, settings, column):
     return {run["seed"]: 100 * run[column] for run in results_of(folder, settings)}
 
 
+def difference(folder, settings, other):
+    """One line's local / global less the other's, over the seeds both have; "" below two seeds."""
+    found = [paired(*(values_of(folder, each, pool) for each in (settings, other)))
+             for pool in ("local", "global")]
+    return " / ".join(f"{mean:+.1f} ± {half:.1f}" for count, mean, half in found if count > 1)
+
+
 def grid_table(folder, world):
     """Markdown: local / global by loss, batch mix and tau; the loss's best in bold."""
     lines = ["| loss | batch | " + " | ".join(f"tau {tau}" for tau in TAUS) + " |",
@@ -491,7 +498,12 @@ def depth_table(folder):
                  + f" ({len(pair[0])})" if pair[0] else "" for pair in pairs]
         if any(cells):
             rows.append(f"| {keep} | " + " | ".join(cells) + " |")
-    return "\n".join(rows) if len(rows) > 3 else ""  # one depth says nothing of depth
+    if len(rows) < 4:  # one depth says nothing of depth
+        return ""
+    half, whole = DEPTHS[-1] // 2, DEPTHS[-1]
+    gaps = [difference(folder, *(depth_settings(folder, keep, steps) for keep in (half, whole)))
+            for steps in LENGTHS]
+    return "\n".join([*rows, f"| {half} against {whole} | " + " | ".join(gaps) + " |"])
 
 
 def layers_table(folder):
@@ -520,20 +532,23 @@ def layers_table(folder):
 def distil_table(folder):
     """Markdown: by labels, steps of stage 1 and teacher, what is found and the way to the teacher.
     """
-    rows = ["| labels | steps of stage 1 | teacher | seeds | local / global | distance, before to "
-            "after | clips told from their reverse |", "|---|---|---|---|---|---|---|"]
+    rows = ["| labels | steps of stage 1 | teacher | seeds | local / global | against no teacher | "
+            "distance, before to after | clips told from their reverse |", "|---" * 8 + "|"]
     for labels in LABELS if best(folder, README_WORLD, "InfoNCE", mean_of_pools) else ():
         for steps in STAGE1_STEPS:
             for name, teacher in TEACHERS.items():
-                found = results_of(folder, distil_settings(folder, labels, steps, *teacher))
+                settings, alone = (distil_settings(folder, labels, steps, *which)
+                                   for which in (teacher, TEACHERS["no teacher"]))
+                found = results_of(folder, settings)
                 if not found:
                     continue
                 local, wide, told = (100 * statistics.mean(values) for values in zip(
                     *((run["local"], run["global"], run["direction"][0]) for run in found)))
                 before, after = (statistics.mean(run[f"apart {when}"]["distance"] for run in found)
                                  for when in ("before", "after"))
+                against = difference(folder, settings, alone) if settings != alone else ""
                 rows.append(f"| {LABELS[labels]} | {steps} | {name} | {len(found)} | {local:.1f} / "
-                            f"{wide:.1f} | {before:.2f} to {after:.2f} | {told:.0f} |")
+                            f"{wide:.1f} | {against} | {before:.2f} to {after:.2f} | {told:.0f} |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
 
@@ -614,7 +629,8 @@ def write_report(folder, docs):
                  for world in WORLDS if tables[world]]
     if table := depth_table(folder):
         text.append("## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds (how "
-                    f"many).\n\n{table}")
+                    "many); the last row is paired by seed, ± half of the 95 % interval."
+                    f"\n\n{table}")
     if table := layers_table(folder):
         text.append("## Without training\n\nContrastive loss (tau 0.05, training batches of all "
                     "tasks) and hit rate of the untrained MLLM cut after each layer; bold: the "
@@ -623,7 +639,8 @@ def write_report(folder, docs):
                     f"(FreeRet, arXiv 2509.24621).\n\n{table}")
     if table := distil_table(folder):
         text.append("## Distillation\n\nValidation queries, mean of the seeds: stage 1 as given, "
-                    f"then {BASE.stage2_steps} steps of InfoNCE at its best. Distance: mean "
+                    f"then {BASE.stage2_steps} steps of InfoNCE at its best. Against no teacher: "
+                    "as many steps, paired by seed, ± half of the 95 % interval. Distance: mean "
                     "squared difference to the states of the teacher (without one: of the MLLM), "
                     "of queries that training does not see, before and after stage 1. The trained "
                     f"teacher: all layers, {FINAL} steps of InfoNCE, all labels.\n\n{table}")
