@@ -151,11 +151,30 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
 
 def test_half_the_layers_are_set_against_all_of_them_seed_by_seed(tmp_path):
     put(tmp_path, 0.7, 0.7)
-    for seed, whole in enumerate([0.8, 0.9]):
+    for seed, whole in enumerate([0.7, 0.8, 0.9]):
         for keep, found in ((4, 0.6), (8, whole)):
             put(tmp_path, found, 0.5, seed, keep_layers=keep, stage2_steps=80, split="test")
-    gap = f"-25.0 ± {12.706 * 5:.1f} / +0.0 ± 0.0"  # of -20 and -30
+    gap = f"-20.0 ± {4.303 * 10 / math.sqrt(3):.1f} / +0.0 ± 0.0"  # of -10, -20 and -30
     assert evidence.depth_table(tmp_path).endswith(f"\n| 4 against 8 | {gap} |  |  |  |")
+    evidence.draw_depth(tmp_path / "depth.png", tmp_path)
+    assert (tmp_path / "depth.png").exists()
+
+
+def test_a_teacher_is_set_against_none_and_its_distance_is_told_before_and_after(tmp_path):
+    put(tmp_path, 0.7, 0.7)
+    for seed in range(3):
+        for weight, local in ((0.0, 0.5), (1.0, 0.6)):
+            put(tmp_path, local, 0.5, seed, stage1_steps=120, distill_weight=weight)
+    for path in tmp_path.glob("*stage1*.json"):
+        about = {"direction": [0.7, 0.5]} | {
+            f"apart {when}": {"distance": value} for when, value in (("before", 3), ("after", 1))}
+        write_json(path, json.loads(path.read_text()) | about)
+    assert evidence.distil_table(tmp_path).splitlines()[2:] == [
+        "| all | 120 | no teacher | 3 | 50.0 / 50.0 |  | 3.00 to 1.00 | 70 |",
+        "| all | 120 | MLLM, distillation alone | 3 | 60.0 / 50.0 | +10.0 ± 0.0 / +0.0 ± 0.0 | "
+        "3.00 to 1.00 | 70 |"]
+    evidence.draw_distil(tmp_path / "distil.png", tmp_path)
+    assert (tmp_path / "distil.png").exists()
 
 
 def test_a_report_without_results_leaves_the_docs_alone(tmp_path):
@@ -171,7 +190,7 @@ def test_every_claim_with_an_interval_stands_in_the_evidence():
     table = (root / "docs/evidence.md").read_text(encoding="utf-8")
     claims = [claim for name in ("README.md", "tutorial.ipynb") for claim in re.findall(
         r"[+-]\d+\.\d ± \d+\.\d", (root / name).read_text(encoding="utf-8"))]
-    assert len(claims) >= 5 and not [claim for claim in claims if f" {claim} |" not in table]
+    assert len(claims) >= 5 and not [claim for claim in claims if f" {claim} " not in table]
 
 
 def test_a_run_that_has_its_file_is_not_done_again(tmp_path):

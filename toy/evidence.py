@@ -6,14 +6,15 @@
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
 length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
-tasks and of all, in both worlds: GlyphBEIR as train.py has it, where a negative of another modality
-may show the same character, and `toy/glyph_beir.py --domains`, where it is mostly of another
-dataset, as in M-BEIR. `finals` trains the winners at full length with five seeds and scores them on
-the test queries, `depth` asks whether half the layers catch up with training, `layers` what a look
-at the untrained model would choose, `distil` whether stage 1 brings the student nearer to its
-teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a run whose file is
-there is not done again, and a new folder begins with the results in docs/evidence.json. What has
-been run so far, with how many seeds: docs/evidence.md.
+tasks and of all (one and four at one tau), in both worlds: GlyphBEIR as train.py has it, where a
+negative of another modality may show the same character, and `toy/glyph_beir.py --domains`, where,
+with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the winners at full length with five
+seeds and scores them on the test queries, `depth` asks whether half the layers catch up with
+training, `layers` what a look at the untrained model would choose, `distil` whether stage 1 brings
+the student nearer to its teacher, and when that pays. A run leaves one JSON file in
+`runs/evidence`; a run whose file is there is not done again, and a new folder begins with the
+results in docs/evidence.json. All of it takes longer than we had: what has been run so far, with
+how many seeds, docs/evidence.md says.
 """
 
 import argparse
@@ -418,10 +419,10 @@ def values_of(folder, settings, column):
 
 
 def difference(folder, settings, other):
-    """One line's local / global less the other's, over the seeds both have; "" below two seeds."""
+    """One line's local / global less the other's, over the seeds both have; "" below three."""
     found = [paired(*(values_of(folder, each, pool) for each in (settings, other)))
              for pool in ("local", "global")]
-    return " / ".join(f"{mean:+.1f} ± {half:.1f}" for count, mean, half in found if count > 1)
+    return " / ".join(f"{mean:+.1f} ± {half:.1f}" for count, mean, half in found if count > 2)
 
 
 def grid_table(folder, world):
@@ -472,7 +473,8 @@ PREMISE = ("cosine to the positive", "cosine to intra-modality negatives",
 
 def premise_table(folder, world):
     """Markdown: the premise in batches as each final trained on, before and after; direction."""
-    rows = ["| loss | | " + " | ".join(PREMISE) + " | clips told from their reverse, shuffled |",
+    rows = ["| loss | | " + " | ".join(PREMISE).replace("hardest", "nearest")
+            + " | clips told from their reverse, %, with shuffled frames, % |",
             "|---|---|" + "---|" * (len(PREMISE) + 1)]
     for name, settings in final_lines(folder, world).items():
         found = results_of(folder, settings)
@@ -600,8 +602,95 @@ def draw(path, folder):
     plt.close(figure)
 
 
+def draw_depth(path, folder):
+    """Hit rate by layers kept, a curve per length of training: left local, right global."""
+    figure, axes = plt.subplots(1, 2, figsize=(6.8, 3), sharey=True)
+    for axis, pool in zip(axes, ("local", "global")):
+        for steps, colour in zip(LENGTHS, plt.cm.viridis([0.85, 0.6, 0.35, 0.0])):
+            means = {keep: statistics.mean(values.values()) for keep in DEPTHS if (
+                values := values_of(folder, depth_settings(folder, keep, steps), pool))}
+            axis.plot(means.keys(), means.values(), "o-", color=colour, markersize=4,
+                      label=f"{steps} steps")
+        axis.set(title=f"{pool} pool{'s' * (pool == 'local')}", xlabel="layers kept, of 8")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("hit rate @5, %")
+    axes[1].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_distil(path, folder, steps=120):
+    """Hit rate by share of labels, a colour per teacher, a point per seed: left local, right
+    global."""
+    figure, axes = plt.subplots(1, 2, figsize=(6.8, 4), sharey=True)
+    for axis, pool in zip(axes, ("local", "global")):
+        for number, (name, teacher) in enumerate(TEACHERS.items()):
+            found = [(place + (number - 2) / 8, value) for place, labels in enumerate(LABELS)
+                     for value in values_of(folder, distil_settings(
+                         folder, labels, steps, *teacher), pool).values()]
+            axis.plot(*(zip(*found) if found else ([], [])), "o", color=COLOURS[number],
+                      markersize=5, alpha=0.8, label=name)
+        axis.set(title=f"{pool} pool{'s' * (pool == 'local')}", xlabel="labels",
+                 xticks=range(len(LABELS)), xticklabels=LABELS.values())
+        axis.grid(alpha=0.3, axis="y")
+    axes[0].set_ylabel("hit rate @5, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=2, fontsize=9)
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+NOTES = {  # what docs/evidence.md says above the tables of each section
+    "Grid": f"""
+Validation queries, {BASE.stage2_steps} steps, one seed; bold: the loss's best by the mean of both
+pools. The rule: tau is followed outward from 0.05 until neither that mean nor the local rate gets
+better. Thinned: most variants with two tasks a batch, and one or four tasks a batch (not chosen
+from), were tried at one tau; rows without 0.05 were started at a higher tau. Where the best is the
+last run on either side, the search was not done to its end.
+
+One dataset: GlyphBEIR as train.py has it, characters and some clips. Four domains: `--domains`.
+Intra-modality negatives have the modality that the query wants, inter-modality ones another; tau
+is the temperature of the latter, MAC-Loss's hard one ends at 0.61 of it. Offset: added to the
+logits of intra-modality negatives. Learnt tau: beside the weights, beginning with the column's
+(after these runs it is at 0.045 to 0.048). Positive at tau: the positive does not get the hard
+temperature. Pair by pair: each negative meets the positive at the negative's own temperature.
+Rising: the hard temperature goes up to tau instead of down from it; crossing: up beyond it, until
+it is the softer one. Inverted: inter-modality negatives get the lower temperature.""",
+    "Finals": """
+Test queries, 480 steps, the losses that were run at their best setting of the grid: by the mean of
+both pools, or (best local) by local pools alone. Against InfoNCE: over the seeds both have, paired,
+± half of the 95 % interval; rows of best local against InfoNCE's best local. Wrong modality: share
+of first places in the global pool. All intervals are of seeds of training alone: one MLLM, the same
+200 queries a task. All layers have the tau of four.
+
+Second table: the premise that MAC-Loss rests on, in four training batches of each row's own mix,
+the same for every seed (so rows with two tasks and with all are not to be compared). Shares are
+fractions; nearest: of the highest cosine.""",
+    "Depth": """
+InfoNCE with the setting that is best for four layers, test queries, mean of the seeds (how many).
+The last row is paired by seed, ± half of the 95 % interval.""",
+    "Without training": """
+Contrastive loss (tau 0.05, eight training batches of all tasks) and hit rate (test queries) of the
+untrained MLLM cut after each layer; bold: the lowest loss of each half, which L3Prune (arXiv
+2410.14578) would choose. Without the last MLP: the last kept layer adds only what its attention
+says (FreeRet, arXiv 2509.24621). Trained: as in Depth.""",
+    "Distillation": f"""
+Validation queries, mean of the seeds: stage 1 as given (distillation times {BASE.distill_scale:g}),
+then {BASE.stage2_steps} steps of InfoNCE at its best. Distillation alone needs no labels, so its
+stage 1 takes all training queries; all others see the labelled ones. Against no teacher: as many
+steps, paired by seed, ± half of the 95 % interval, where there are three. A step with a teacher
+takes about twice as long: 240 steps without one are 120 with one at equal time. Distance: mean
+squared difference to the states of the teacher (without one: of the MLLM), of queries that training
+does not see, before and after stage 1. The trained teacher: all layers, {FINAL} steps of InfoNCE,
+all labels; one training, the same for every seed. The picture: 120 steps.""",
+}
+PICTURES = {"Grid": ("evidence.png", draw), "Depth": ("evidence_depth.png", draw_depth),
+            "Distillation": ("evidence_distil.png", draw_distil)}
+
+
 def write_report(folder, docs):
-    """docs/evidence.json, .md and .png of the results in `folder`."""
+    """docs/evidence.json, .md and the pictures, of the results in `folder`."""
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     if not results:  # the tables that are there are worth more than empty ones
         raise FileNotFoundError(f"{folder}: expected the results of runs, found none")
@@ -609,44 +698,24 @@ def write_report(folder, docs):
     about = {"of": folder.name, "layers": read_json(layers) if layers.exists() else {}}
     lines = ",\n".join(map(json.dumps, results))  # one run a line
     write_text(docs / "evidence.json", f'{json.dumps(about)[:-1]}, "runs": [\n{lines}\n]}}\n')
+    finals = {world: finals_table(folder, world) for world in WORLDS}
+    sections = {
+        "Grid": [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)],
+        "Finals": [f"### {world}\n\n{table}\n\n{premise_table(folder, world)}"
+                   for world, table in finals.items() if table],
+        "Depth": [depth_table(folder)], "Without training": [layers_table(folder)],
+        "Distillation": [distil_table(folder)]}
     text = [f"# Evidence\n\nMade by `python toy/evidence.py`: hit rate @5, %, mean over the tasks, "
             f"local pools / global pool; unless a row says otherwise {BASE.keep_layers} layers, "
-            f"batches of {BASE.batch_size} pairs, no stage 1.",
-            f"## Grid\n\nValidation queries, {BASE.stage2_steps} steps, one seed. tau is followed "
-            "outward from 0.05 until neither the mean of both pools nor the local one gets better; "
-            "bold: the loss's best by the mean. One task and four were tried at one tau only, to "
-            "see what lies between, and are not chosen from. Where a row's best is its last run on "
-            "either side, or its only one, the search was not done to its end; a row without a run "
-            "at 0.05 was begun higher, by hand."]
-    text += [f"### {world}\n\n{grid_table(folder, world)}" for world in seen_worlds(folder)]
-    tables = {world: finals_table(folder, world) for world in WORLDS}
-    if any(tables.values()):
-        text.append("## Finals\n\nTest queries, 480 steps, each loss at its best setting of the "
-                    "grid (of 240 steps), by both pools or by local ones alone, where it was run; "
-                    "differences are paired by seed, ± half of the 95 % interval. Wrong modality: "
-                    "share of first places on the global pool.")
-        text += [f"### {world}\n\n{tables[world]}\n\n{premise_table(folder, world)}"
-                 for world in WORLDS if tables[world]]
-    if table := depth_table(folder):
-        text.append("## Depth\n\nInfoNCE at its best setting, test queries, mean of the seeds (how "
-                    "many); the last row is paired by seed, ± half of the 95 % interval."
-                    f"\n\n{table}")
-    if table := layers_table(folder):
-        text.append("## Without training\n\nContrastive loss (tau 0.05, training batches of all "
-                    "tasks) and hit rate of the untrained MLLM cut after each layer; bold: the "
-                    "lowest loss of each half, which L3Prune (arXiv 2410.14578) would choose. "
-                    "Without the last MLP: the last kept layer adds only what its attention says "
-                    f"(FreeRet, arXiv 2509.24621).\n\n{table}")
-    if table := distil_table(folder):
-        text.append("## Distillation\n\nValidation queries, mean of the seeds: stage 1 as given, "
-                    f"then {BASE.stage2_steps} steps of InfoNCE at its best. Against no teacher: "
-                    "as many steps, paired by seed, ± half of the 95 % interval. Distance: mean "
-                    "squared difference to the states of the teacher (without one: of the MLLM), "
-                    "of queries that training does not see, before and after stage 1. The trained "
-                    f"teacher: all layers, {FINAL} steps of InfoNCE, all labels.\n\n{table}")
-    write_text(docs / "evidence.md", "\n\n".join(text) + "\n\n![Local against global](evidence.png)"
-               "\n")
-    draw(docs / "evidence.png", folder)
+            f"batches of {BASE.batch_size} pairs, no stage 1."]
+    for name, tables in sections.items():
+        if any(tables):
+            text += [f"## {name}", NOTES[name].strip(), *tables]
+            if name in PICTURES:
+                file, draw_it = PICTURES[name]
+                draw_it(docs / file, folder)
+                text.append(f"![{name}]({file})")
+    write_text(docs / "evidence.md", "\n\n".join(text) + "\n")
 
 
 def restore(folder, docs):
