@@ -652,11 +652,11 @@ last run on either side, the search was not done to its end.
 One dataset: GlyphBEIR as train.py has it, characters and some clips. Four domains: `--domains`.
 Intra-modality negatives have the modality that the query wants, inter-modality ones another; tau
 is the temperature of the latter, MAC-Loss's hard one ends at 0.61 of it. Offset: added to the
-logits of intra-modality negatives. Learnt tau: beside the weights, beginning with the column's
-(after these runs it is at 0.045 to 0.048). Positive at tau: the positive does not get the hard
-temperature. Pair by pair: each negative meets the positive at the negative's own temperature.
-Rising: the hard temperature goes up to tau instead of down from it; crossing: up beyond it, until
-it is the softer one. Inverted: inter-modality negatives get the lower temperature.""",
+logits of intra-modality negatives. Learnt tau: beside the weights, beginning with the column's.
+Positive at tau: the positive does not get the hard temperature. Pair by pair: each negative meets
+the positive at the negative's own temperature. Rising: the hard temperature goes up to tau instead
+of down from it; crossing: up beyond it, until it is the softer one. Inverted: inter-modality
+negatives get the lower temperature.""",
     "Finals": """
 Test queries, 480 steps, the losses that were run at their best setting of the grid: by the mean of
 both pools, or (best local) by local pools alone. Against InfoNCE: over the seeds both have, paired,
