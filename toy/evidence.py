@@ -8,10 +8,10 @@ Each loss is tried at its own best setting. `grid` (one seed, validation queries
 length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
 tasks and of all (one and four at one tau), in both worlds: GlyphBEIR as train.py has it, where a
 negative of another modality may show the same character, and `toy/glyph_beir.py --domains`, where,
-with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the winners at full length with five
-seeds and scores them on the test queries, `depth` asks whether half the layers catch up with
-training, `layers` what a look at the untrained model would choose, `distil` whether stage 1 brings
-the student nearer to its teacher, and when that pays. A run leaves one JSON file in
+with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the winners at full
+length with five seeds and scores them on the test queries, `depth` asks whether half the layers
+catch up with training, `layers` what a look at the untrained model would choose, `distil` whether
+stage 1 brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
 `runs/evidence`; a run whose file is there is not done again, and a new folder begins with the
 results in docs/evidence.json. All of it takes longer than we had: what has been run so far, with
 how many seeds, docs/evidence.md says.
