@@ -163,16 +163,17 @@ def test_half_the_layers_are_set_against_all_of_them_seed_by_seed(tmp_path):
 def test_a_teacher_is_set_against_none_and_its_distance_is_told_before_and_after(tmp_path):
     put(tmp_path, 0.7, 0.7)
     for seed in range(3):
-        for weight, local in ((0.0, 0.5), (1.0, 0.6)):
-            put(tmp_path, local, 0.5, seed, stage1_steps=120, distill_weight=weight)
+        for steps, weight, local in ((120, 0.0, 0.5), (120, 1.0, 0.6), (240, 0.0, 0.55)):
+            put(tmp_path, local, 0.5, seed, stage1_steps=steps, distill_weight=weight)
     for path in tmp_path.glob("*stage1*.json"):
         about = {"direction": [0.7, 0.5]} | {
             f"apart {when}": {"distance": value} for when, value in (("before", 3), ("after", 1))}
         write_json(path, json.loads(path.read_text()) | about)
     assert evidence.distil_table(tmp_path).splitlines()[2:] == [
-        "| all | 120 | no teacher | 3 | 50.0 / 50.0 |  | 3.00 to 1.00 | 70 |",
+        "| all | 120 | no teacher | 3 | 50.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |",
         "| all | 120 | MLLM, distillation alone | 3 | 60.0 / 50.0 | +10.0 ± 0.0 / +0.0 ± 0.0 | "
-        "3.00 to 1.00 | 70 |"]
+        "+5.0 ± 0.0 / +0.0 ± 0.0 | 3.00 to 1.00 | 70 |",
+        "| all | 240 | no teacher | 3 | 55.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |"]
     evidence.draw_distil(tmp_path / "distil.png", tmp_path)
     assert (tmp_path / "distil.png").exists()
 
