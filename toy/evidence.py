@@ -165,8 +165,7 @@ def run_one(settings, seed, folder, keep=None):
         return json.loads(path.read_text())
     torch.set_num_threads(1)
     settings, started, device = dict(settings), time.time(), pick_device("")
-    split = settings.pop("split", "val")
-    variant = settings.pop("variant", None)
+    split, variant = settings.pop("split", "val"), settings.pop("variant", None)
     if settings.get("teacher"):
         settings["teacher"] = str(folder / settings["teacher"])
     config = replace(BASE, seed=seed, **settings)
