@@ -13,8 +13,7 @@ length with five seeds and scores them on the test queries, `depth` asks whether
 catch up with training, `layers` what a look at the untrained model would choose, `distil` whether
 stage 1 brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
 `runs/evidence`; a run whose file is there is not done again, and a new folder begins with the
-results in docs/evidence.json. All of it takes longer than we had: what has been run so far, with
-how many seeds, docs/evidence.md says.
+results in docs/evidence.json. What has been run so far, with how many seeds: docs/evidence.md.
 """
 
 import argparse
