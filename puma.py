@@ -98,7 +98,8 @@ class PUMA(nn.Module):
                 attn_implementation="sdpa" if gpu else "float32")
             _check_weights(report, len(backbone.language_model.layers))
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-            processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+            processor = AutoImageProcessor.from_pretrained(  # "pil": torchvision rounds otherwise
+                name_or_path, backend="pil", trust_remote_code=False)
             side = processor.patch_size * processor.merge_size  # pixels of a visual token
             pixels = limits["max_visual_tokens"] * side**2
             # "shortest_edge", "longest_edge" are the least and the most pixels of an image, oddly.
