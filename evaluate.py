@@ -33,7 +33,7 @@ from support.files import (check_option, clear_errors, did_text, modality_class,
 from support.index import embed_to_file, search, stored_path
 from support.items import MODALITIES, Folder, load_image, load_video
 from support.pictures import draw_depths, draw_gallery
-from support.run import autocast, count_flops
+from support.run import autocast, compile_layers, count_flops
 
 
 class Embedded:
@@ -315,6 +315,7 @@ def arguments():
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
     option("--device", default="", help="torch device; default: cuda if there is one")
+    option("--compile", action="store_true", help="as in train.py; not for --depths")
     args = parser.parse_args()
     if (args.pool or args.instruction) and not (args.query or args.image or args.video):
         raise ValueError("--pool and --instruction need a search: give --query, --image or --video")
@@ -345,6 +346,7 @@ def run(args):
         if not args.pool:
             ensure_data(args.data)
         model = PUMA.from_pretrained(args.model, device=device).eval()
+        model = compile_layers(model) if args.compile and not args.depths else model
         if args.query or args.image or args.video:
             written = show(model, args, folder)
         elif args.depths:

@@ -83,6 +83,7 @@ class Config:
     seed: int = arg(0, "batches, instructions, choice of positives follow from it")
     resume: str = arg("", "run folder to continue; all else comes from its config.json")
     device: str = arg("", "torch device; default: cuda if there is one")
+    compile: bool = arg(False, "torch.compile the layers: faster on a GPU, after a minute or two")
     eval: bool = arg(True, "evaluate at the end: the MLLM, the pruned MLLM and PUMA")
 
     def of_stage(self, stage, name):
@@ -93,7 +94,7 @@ class Config:
     def decisive(self):
         """{name: value} of those that the trained weights depend on: a checkpoint goes with them.
         """
-        free = "out resume device workers eval checkpoint_every keep_checkpoints".split()
+        free = "out resume device compile workers eval checkpoint_every keep_checkpoints".split()
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def check(self):

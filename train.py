@@ -39,7 +39,7 @@ from support import distributed
 from support.files import check_option, clear_errors, read_json
 from support.lora import add_lora, set_dropout
 from support.pictures import draw_curves
-from support.run import Run, autocast, count_flops, measure_peak, prepared
+from support.run import Run, autocast, compile_layers, count_flops, measure_peak, prepared
 
 
 def stage_losses(states, teacher_states, batch, stage, progress, config):
@@ -131,14 +131,14 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
     """Do the steps first..len(dataset) of one stage; `first` > 0 continues from the checkpoint."""
     steps, batcher, device = len(dataset), Batcher(student, config, dataset), student.device
     weights = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=config.of_stage(stage, "lr"), betas=(0.9, 0.98),
-                                  eps=1e-7, weight_decay=config.weight_decay)  # as in the paper
+    optimizer = torch.optim.AdamW(  # as in the paper; on a GPU in one kernel
+        weights, lr=config.of_stage(stage, "lr"), betas=(0.9, 0.98), eps=1e-7,
+        weight_decay=config.weight_decay, fused=device.type == "cuda")
     schedule = get_cosine_schedule_with_warmup(optimizer, int(config.warmup * steps), steps)
     student.train()  # dropout is on; there is none but LoRA's
     set_dropout(find_decoder(student), config.of_stage(stage, "lora_dropout"))
     alone = distributed.world_size() == 1
     step_of = plain_step if alone and not config.chunk_size else large_batch_step
-    items = 2 * config.of_stage(stage, "batch_size")  # of all processes
     with autocast(device):  # operations an item, of a step whose gradients are thrown away
         own_flops = count_flops(step_of, student, teacher, move(batcher.step(0), device), stage,
                                 0.0, config)
@@ -166,7 +166,7 @@ def train_stage(stage, student, teacher, dataset, config, run, first=0):
 
             row = {"stage": stage, "step": step + 1, **losses, "grad_norm": norm,
                    "masked_duplicates": batch["masked_duplicates"]}
-            run.log(row, items, own_flops, started, bar)
+            run.log(row, 2 * len(batch["modality"]), own_flops, started, bar)  # of all processes
             started = time.perf_counter()
             stopping = any(distributed.gather_objects(run.stopping))  # a signal may reach one only
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == steps or stopping:
@@ -228,8 +228,9 @@ def train_set(benchmark, config, stage):
 
 
 def load(config, name, device, **options):
-    return PUMA.from_pretrained(name, device=device, max_visual_tokens=config.max_visual_tokens,
-                                max_text_tokens=config.max_text_tokens, **options)
+    model = PUMA.from_pretrained(name, device=device, max_visual_tokens=config.max_visual_tokens,
+                                 max_text_tokens=config.max_text_tokens, **options)
+    return compile_layers(model) if config.compile else model
 
 
 def load_student(config, device):

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout  # a package that torch itself needs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.backends.cuda import flash_sdp_enabled
+from torch.compiler import set_stance
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import DataLoader
@@ -239,8 +240,9 @@ def _ignore_stops(_worker):
 def count_flops(function, *args):
     """Floating-point operations of a call, forward and backward; a multiply-add is 2."""
     # torch does not count the fused attention of a CPU. The plain one rounds differently, so a
-    # counted step must not be one of the training.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # counted step must not be one of the training. Nor does it look into compiled layers.
+    with (sdpa_kernel(SDPBackend.MATH), set_stance("force_eager"),
+          FlopCounterMode(display=False) as counter):
         function(*args)
     return counter.get_total_flops()
 
@@ -279,6 +281,16 @@ def choose_attention(tower):
         name = "packed_flash"  # by "flash" transformers knows that it takes the frames' ends
     # Not by set_attn_implementation: that looks for a package behind a name with "flash" in it.
     tower.config._attn_implementation = "float32" if kind == "cpu" else name
+
+
+def compile_layers(model):
+    """Let torch fuse what a layer does between its products; -> the model. A first batch then takes
+    half a minute. Not the last layer: hooks let it do the last position alone."""
+    # A program for batches of any shape, but one each with and without gradient, autocast, mask ...
+    torch._dynamo.config.recompile_limit = 64
+    for layer in [*model.backbone.visual.blocks, *model.backbone.language_model.layers[:-1]]:
+        layer.compile(dynamic=True)
+    return model
 
 
 AttentionInterface.register("packed_flash", packed_attention)

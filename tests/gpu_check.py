@@ -49,7 +49,7 @@ from puma import PUMA  # noqa: E402
 from settings import Config  # noqa: E402
 from support.distributed import pick_device  # noqa: E402
 from support.lora import add_lora  # noqa: E402
-from support.run import autocast, count_flops, measure_peak  # noqa: E402
+from support.run import autocast, compile_layers, count_flops, measure_peak  # noqa: E402
 from train import Batcher, large_batch_step, move, plain_step  # noqa: E402
 
 TOY = ROOT / "toy/tiny-qwen2-vl"  # its tokenizer and special tokens; not its weights
@@ -88,7 +88,7 @@ def build(shape, keep, device, dtype):
     with torch.device(device):
         backbone = AutoModel.from_config(config, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(TOY)
-    processor = AutoImageProcessor.from_pretrained(TOY)
+    processor = AutoImageProcessor.from_pretrained(TOY, backend="pil")
     processor.size = {"shortest_edge": 4 * 28**2, "longest_edge": 300 * 28**2}
     return PUMA(backbone, tokenizer, processor).to(device)
 
@@ -180,13 +180,17 @@ def training(student, items, chunk_size):
     return step
 
 
-def agreement(device):
+def ready(model, args):
+    return compile_layers(model) if args.compile else model
+
+
+def agreement(args, device):
     """Largest difference of embeddings, and of gradients relative to the largest, CPU and GPU."""
     torch.manual_seed(0)
     ours = build(SHAPES["tiny"], 4, torch.device("cpu"), torch.float32)
     queries, targets = make_items(6, SIDE["tiny"])
     config, results = Config(chunk_size=4), []
-    for model in (ours, copy.deepcopy(ours).to(device)):
+    for model in (ours, ready(copy.deepcopy(ours).to(device), args)):
         embeddings = model.encode(queries + targets, show_progress=False)
         batch = ready_batch(model, config, queries, targets)
         large_batch_step(model, None, batch, 2, 0.5, config)
@@ -222,6 +226,7 @@ def measure(args, device, keep, peak):
     student = build(SHAPES[args.shape], keep, device, torch.bfloat16 if lora else torch.float32)
     if lora and not no_peft():
         add_lora(find_decoder(student), 128, 256)
+    ready(student, args)
     items = make_items(args.pairs, SIDE[args.shape])
     row = {"layers": keep, "parameters": sum(p.numel() for p in student.parameters())}
     if not (lora and no_peft()):
@@ -272,13 +277,14 @@ def table(rows):
     return lines
 
 
-def big_batch(shape, keep, pairs, chunk_size, rank, device):
+def big_batch(args, device, shape, keep, pairs, chunk_size, rank):
     """One GradCache step with LoRA; -> a line of the report."""
     what = f"{shape}, {keep} layers, LoRA rank {rank}, {pairs} pairs, chunks of {chunk_size} items"
     if no_peft():
         return f"{what}: not measured, {no_peft()}"
     student = build(SHAPES[shape], keep, device, torch.bfloat16)
     add_lora(find_decoder(student), rank, 2 * rank, 0.1)
+    ready(student, args)
     step = training(student, make_items(pairs, SIDE[shape]), chunk_size)
     (seconds,) = seconds_of(step, runs=1)
     return (f"{what}: {seconds:.2f} s a step, {gib(step, device)} GiB at most, loss "
@@ -302,6 +308,7 @@ def main():
     option("--pairs", type=int, help="in a batch of the table; default: 64, tiny: 6")
     option("--chunk-size", type=int, default=32, help="items a forward pass, as in train.py")
     option("--steps", type=int, default=5, help="timed, after one to warm up")
+    option("--compile", action="store_true", help="with compiled layers, as train.py --compile")
     option("--device", default="cuda", help="cpu only to try the script")
     option("--out", type=Path, default=Path("gpu_check.md"), help="Markdown file to write")
     args = parser.parse_args()
@@ -317,8 +324,9 @@ def main():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         lines = [f"{name}, torch {torch.__version__}, {peak / 1e12:.2f} TFLOP/s in a large matrix "
                  f"product; shape {args.shape}, {args.pairs} pairs, chunks of {args.chunk_size} "
-                 "items. Aim for 2b with 12 layers: MFU 40 % in training, 50 % in encoding.", ""]
-        embedding, gradient = agreement(device)
+                 f"items{', compiled layers' * args.compile}. Aim for 2b with 12 layers: "
+                 "MFU 40 % in training, 50 % in encoding.", ""]
+        embedding, gradient = agreement(args, device)
         lines += [f"CPU and {device.type} agree: embeddings within {embedding:.1e}, gradients "
                   f"within {gradient:.1e} of the largest of each weight; the vision tower in "
                   f"bfloat16 within {(tower := tower_agreement(device)):.1e} of its largest.", ""]
@@ -328,7 +336,8 @@ def main():
         if no_peft() and args.shape == "7b":
             lines += [f"Training is not measured: {no_peft()}.", ""]
         big = ("tiny", 2, 10, 8, 4) if tiny else ("7b", 12, 600, 50, 128)
-        lines.append(out_of_memory_is(f"{big}: out of memory", big_batch, *big, device))
+        lines.append(out_of_memory_is(f"{big}: out of memory", big_batch, args, device,
+                                      *big))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -198,7 +199,8 @@ def test_bad_input_gives_one_line_and_exit_status_2(monkeypatch, capsys, tmp_pat
 
 def test_a_search_prints_ten_candidates_of_the_embeddings_that_are_there_and_draws_them(
         monkeypatch, capsys, tmp_path, glyph_beir, model, results):
-    arguments = [model[0], "--data", glyph_beir, "--query", "latin small letter a", "--out"]
+    arguments = [model[0], "--data", glyph_beir, "--device", "cpu",  # as the evaluation
+                 "--query", "latin small letter a", "--out"]
     stored = {path: path.stat().st_mtime_ns for path in (model[0] / "cache").glob("*.npy")}
     _, lines, _ = run_cli(monkeypatch, capsys, *arguments, tmp_path / "a")
     assert [int(line.split()[0]) for line in lines[:-1]] == list(range(1, 11))
@@ -208,6 +210,18 @@ def test_a_search_prints_ten_candidates_of_the_embeddings_that_are_there_and_dra
     assert [line.split()[2] for line in lines[:3]] == ["image"] * 3 and len(lines) == 4
     assert {path: path.stat().st_mtime_ns for path in stored} == stored
     assert len(stored) == len(list((model[0] / "cache").glob("*.npy"))), "the evaluation's"
+
+
+def test_a_search_with_compiled_layers_finds_the_same(
+        monkeypatch, capsys, tmp_path, glyph_beir, model, results):
+    seen, compile_layers = [], evaluate.compile_layers
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(evaluate, "compile_layers", lambda model: seen.append(1) or compile_layers(
+        model))
+    found = [run_cli(monkeypatch, capsys, model[0], "--data", glyph_beir, "--query", "an arrow",
+                     "--out", tmp_path / name, *options)[1][:-1]
+             for name, options in (("a", ()), ("b", ("--compile",)))]
+    assert found[0] == found[1] and seen == [1]
 
 
 def save_clip(path, *colours):

@@ -75,7 +75,8 @@ def test_the_big_shapes_are_qwen2_vls(shape, parameters, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells how much memory was taken")
 def test_the_benchmarks_parts_run_and_print_a_line_each(tmp_path, capsys):
-    model = gpu_check.build(gpu_check.SHAPES["tiny"], 4, torch.device("cpu"), torch.float32).eval()
+    shape = gpu_check.SHAPES["tiny"]
+    model = gpu_check.build(shape, 4, benchmark.DEVICE, torch.float32).eval()
     benchmark.bench_loss(rows=64, width=8)
     benchmark.bench_prune(model, keep=2)
     benchmark.bench_sort(model)

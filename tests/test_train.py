@@ -385,8 +385,25 @@ def test_steps_use_bfloat16_products_where_the_processor_has_them(
         return forward(model, *arguments)
 
     monkeypatch.setattr(PUMA, "forward", spy)
-    run_main(monkeypatch, *arguments(glyph_beir, tmp_path / "run", stage1_steps=0, stage2_steps=1))
+    run_main(monkeypatch, *arguments(glyph_beir, tmp_path / "run", stage1_steps=0, stage2_steps=1,
+                                     device="cpu"))
     assert seen == {hardware}
+
+
+def test_compiled_layers_learn_the_same(uninterrupted, glyph_beir, tmp_path, monkeypatch):
+    compiled, compile_it = [], torch.compile
+
+    def record(function, **options):  # "eager": traced and called as traced, not translated
+        compiled.append(function.__self__)
+        return compile_it(function, backend="eager", **options)
+
+    monkeypatch.setattr(torch, "compile", record)
+    run_main(monkeypatch, *arguments(glyph_beir, tmp_path / "run", compile=True))
+    vision, student, mllm = 2, 4 - 1, 8 - 1  # all but the last of the decoder's layers
+    assert len(compiled) == 2 * vision + student + mllm
+    for ours, theirs in zip(metrics(tmp_path / "run"), metrics(uninterrupted), strict=True):
+        numbers = ([row[name] for name in ("loss", "grad_norm")] for row in (ours, theirs))
+        assert next(numbers) == pytest.approx(next(numbers), rel=1e-3)
 
 
 def test_a_run_folder_holds_what_it_promises(uninterrupted):
@@ -446,7 +463,7 @@ def test_a_run_stopped_in_its_evaluation_goes_on_with_it_and_is_then_finished(
 
     monkeypatch.setattr(train.evaluate, "evaluate_models", stopped)
     with pytest.raises(SystemExit):
-        run_main(monkeypatch, *arguments(glyph_beir, folder, eval=True, keep_layers=3,
+        run_main(monkeypatch, *arguments(glyph_beir, folder, eval=True, keep_layers=3, device="cpu",
                                          keep_last=True, stage1_steps=0, stage2_steps=1))
     weights = (folder / "model/model.safetensors").stat()
     monkeypatch.setattr(train.evaluate, "evaluate_models", evaluate_models)
