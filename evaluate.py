@@ -314,6 +314,7 @@ def arguments():
     option("--batch-size", type=int, default=64, help="items embedded at a time")
     option("--limit", type=int, help="only the first queries of each cell")
     option("--popularity-penalty", type=float, default=0.0, help="0.2: as in the official code")
+    option("--workers", type=int, default=0, help="processes that read images; on a GPU one a core")
     option("--device", default="", help="torch device; default: cuda if there is one")
     option("--compile", action="store_true", help="as in train.py; not for --depths")
     args = parser.parse_args()
@@ -323,7 +324,7 @@ def arguments():
         raise ValueError("a search is for --image or for --video, not for both")
     for name, value in vars(args).items():
         if value is not None and name != "device":
-            least = name != "popularity_penalty" and value is not False  # 1: of a text, letters
+            least = name not in ("popularity_penalty", "workers") and value is not False
             check_option(f"--{name.replace('_', '-')}", value, type(value), int(least))
     if not re.fullmatch("all|[0-9]+(,[0-9]+)*", args.depths or "all"):
         raise ValueError(f"--depths must be all or numbers like 2,4, got {args.depths}")
@@ -347,6 +348,7 @@ def run(args):
             ensure_data(args.data)
         model = PUMA.from_pretrained(args.model, device=device).eval()
         model = compile_layers(model) if args.compile and not args.depths else model
+        model.workers = args.workers
         if args.query or args.image or args.video:
             written = show(model, args, folder)
         elif args.depths:

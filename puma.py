@@ -50,7 +50,7 @@ class PUMA(nn.Module):
         if RET not in tokenizer.get_vocab():
             raise ValueError(f"the tokenizer has no {RET} token; PUMA.from_pretrained adds it")
         self.backbone, self.tokenizer, self.image_processor = backbone, tokenizer, image_processor
-        self.max_text_tokens, self.max_frames = max_text_tokens, max_frames
+        self.max_text_tokens, self.max_frames, self.workers = max_text_tokens, max_frames, 0
         self.remembered = {}  # path of an image or video -> visual tokens (V, D), grid (3,)
         self.ret_id = tokenizer.convert_tokens_to_ids(RET)
         table = backbone.get_input_embeddings().weight.requires_grad_(False)
@@ -291,26 +291,27 @@ class PUMA(nn.Module):
 
     @torch.inference_mode()
     def encode(self, items, batch_size=64, normalize=True, show_progress=True, forward=None):
-        """Items (str, PIL image, Path or dict, mixed) -> (N, D) float32 embeddings on the CPU.
+        """Items (str, PIL image, Path or dict, mixed) -> (N, D) float32 embeddings on the CPU, in
+        this order. One item instead of a sequence -> (D,).
 
-        One item instead of a sequence -> (D,). Rows are in input order, whatever the batches.
-        `forward` replaces the model as the function of a batch; if it returns (B, ..., D), for
-        example the states of several depths, so does this. Raises ValueError on a bad item.
-        """
+        `self.workers` processes read ahead: on a GPU, set one a core. `forward` replaces the model
+        as the function of a batch; if it returns (B, ..., D), the states of several depths, say, so
+        does this. Raises ValueError on a bad item."""
         if isinstance(items, str | Path | dict | Image.Image):  # a str has letters
             return self.encode([items], batch_size, normalize, show_progress, forward)[0]
         items = list(items)
         # By length, so that no batch is mostly padding; what does not fit into memory fails first.
-        order = sorted(range(len(items)), key=lambda i: self.length(items[i]), reverse=True)
+        order = torch.tensor([*map(self.length, items)]).argsort(descending=True, stable=True)
         training = self.training
         self.eval()  # no dropout
         parts = [] if items else [torch.empty(0, self.ret_embedding.numel())]  # cat needs one
         bar = {"leave": False} if show_progress else {"disable": True}  # or TQDM_DISABLE
-        for start in tqdm(range(0, len(items), batch_size), desc="encode", **bar):
-            batch = self.collate([items[i] for i in order[start : start + batch_size]])
+        groups = [[items[i] for i in part] for part in order.split(batch_size) if items]
+        batches = prepared(self.collate, groups, self.workers if len(groups) > 1 else 0)
+        for batch in tqdm(batches, "encode", len(groups), **bar):
             parts.append((forward or self)(to_device(batch, self.device)).float().cpu())
         self.train(training)
-        out = torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort()]  # input order
+        out = torch.cat(parts)[order.argsort()]  # input order
         return F.normalize(out, dim=-1) if normalize else out
 
 
@@ -349,9 +350,8 @@ def load_config(name_or_path):
         if folder.exists() and not (folder / file).is_file():
             hint = f"; did you mean {folder / 'model'}?" if (folder / "model").is_dir() else ""
             raise ValueError(f"{folder} is no complete model: expected {folder / file}{hint}")
-    if folder.exists():
-        for path in folder.iterdir():
-            path.is_dir() or regular(path)
+    for path in folder.iterdir() if folder.exists() else ():
+        path.is_dir() or regular(path)
     with loading(name_or_path):
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
         if config.model_type not in ("qwen2_vl", "qwen2_5_vl"):

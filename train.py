@@ -353,6 +353,7 @@ def train_and_evaluate(config, device, run):
             draw_curves(folder / "curves.png", run.rows())
         student.save_pretrained(folder / "model")
         print(f"wrote {folder / 'model'} and {folder / 'curves.png'}")
+    student.workers = config.workers if device.type == "cuda" else 0  # a CPU gains nothing by it
     if config.eval:  # (a) the MLLM and (b) its first layers, both untrained, beside (c) PUMA
         models = {"MLLM": load(config, config.model, device),
                   "pruned": load_student(config, device), "PUMA": student}

@@ -212,16 +212,16 @@ def test_a_search_prints_ten_candidates_of_the_embeddings_that_are_there_and_dra
     assert len(stored) == len(list((model[0] / "cache").glob("*.npy"))), "the evaluation's"
 
 
-def test_a_search_with_compiled_layers_finds_the_same(
+def test_a_search_with_compiled_layers_and_processes_that_read_finds_the_same(
         monkeypatch, capsys, tmp_path, glyph_beir, model, results):
     seen, compile_layers = [], evaluate.compile_layers
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(evaluate, "compile_layers", lambda model: seen.append(1) or compile_layers(
-        model))
+    monkeypatch.setattr(evaluate, "compile_layers", lambda model: (
+        seen.append(model) or compile_layers(model)))
     found = [run_cli(monkeypatch, capsys, model[0], "--data", glyph_beir, "--query", "an arrow",
                      "--out", tmp_path / name, *options)[1][:-1]
-             for name, options in (("a", ()), ("b", ("--compile",)))]
-    assert found[0] == found[1] and seen == [1]
+             for name, options in (("a", ()), ("b", ("--compile", "--workers", 2)))]
+    assert found[0] == found[1] and [model.workers for model in seen] == [2]
 
 
 def save_clip(path, *colours):

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
+import support.run
 from puma import PUMA, RET, _add_ret_token
 
 
@@ -226,6 +227,21 @@ def test_encode_returns_input_order_whatever_the_batching(puma):
     torch.testing.assert_close(whole, alone, atol=1e-5, rtol=0)
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(len(items)))
     assert puma.encode([], show_progress=False).shape == (0, 128)
+
+
+def test_processes_that_read_ahead_change_nothing_and_name_a_bad_file(puma, tmp_path, monkeypatch):
+    items, counts, loader = [*ITEMS, {"image": tmp_path / "a.png"}], [], support.run.DataLoader
+    picture(5).save(tmp_path / "a.png")
+    expected = puma.encode(items, 2, show_progress=False)
+    monkeypatch.setattr(support.run, "DataLoader", lambda *args, num_workers, **options: (
+        counts.append(num_workers) or loader(*args, num_workers=num_workers, **options)))
+    monkeypatch.setattr(puma, "workers", 2)
+    assert torch.equal(puma.encode(items, 2, show_progress=False), expected)
+    puma.encode(items, show_progress=False)
+    assert counts == [2, 0], "none for a single batch"
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot read image .*a.png"):
+        puma.encode(items, 2, show_progress=False)
 
 
 def test_encode_takes_one_item_or_several_texts_pictures_paths_and_dictionaries(puma, tmp_path):
