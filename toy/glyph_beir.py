@@ -61,7 +61,8 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support.files import check_option, clear_errors, make_item, new_folder  # noqa: E402
+from support.files import CANDIDATE, check_option, clear_errors, make_item, new_folder  # noqa: E402
+from support.files import TASKS as M_BEIR_TASKS  # noqa: E402
 from support.pairs import write_m_beir  # noqa: E402
 
 DATASET, DATASET_ID = "glyph", 10  # M-BEIR's own datasets have the ids 0 to 9
@@ -80,24 +81,14 @@ TARGET_FACE = "Sans-BoldOblique"  # every character has it
 TEST_QUERY_FACES = ["Serif-Italic", "SansMono-Oblique"]  # the first that draws the character
 VAL_QUERY_FACES = ["SansMono-Oblique", "Serif-Italic"]
 
-# task id -> (query modality, candidate modality), as in M-BEIR
-TASKS = {
-    0: ("text", "image"),
-    1: ("text", "text"),
-    2: ("text", "image,text"),
-    3: ("image", "text"),
-    4: ("image", "image"),
-    6: ("image,text", "text"),
-    7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
-}
+# M-BEIR's numbers (support/files.py), those that a single character can ask in.
+TASKS = {number: M_BEIR_TASKS[number] for number in (0, 1, 2, 3, 4, 6, 7, 8)}
 EDIT_TASKS = (1, 6, 7, 8)  # the query names a relation, the target is the other character
 CLIP_DATASET, CLIP_DATASET_ID = "motion", 11
 # Few characters: only if clips of the same one meet in a batch, the loss asks how it moves.
 # What is held out is drawn over more of them (seen, zero-shot): tiny-qwen2-vl saw those move.
 CLIP_CHARACTERS, CAN_MOVE = {True: 6, False: 6, "zero": 8}, (123, 13)
-CONTENT = ("txt", "img_path", "video_path")  # of a candidate's line
-CLIP_TASKS = {9: ("text", "video"), 10: ("video", "text")}  # ours: M-BEIR has no video
+CLIP_TASKS = {number: M_BEIR_TASKS[number] for number in (9, 10)}
 # A motion and its reverse: the same frames in the other order. Blinking has none.
 MOTIONS = {
     ("left", "right"): ("slides to the left", "slides to the right"),
@@ -659,8 +650,8 @@ def draw_samples(root, queries, path):
     tasks, first, shown = TASKS | CLIP_TASKS, {row["task_id"]: row for row in reversed(queries)}, []
     for task, row in sorted(first.items()):
         target, (asked, wanted) = pool[row["pos_cand_list"][0]], tasks[task]
-        query = make_item(root, *(row.get(f"query_{field}") for field in CONTENT))
-        target = make_item(root, *map(target.get, CONTENT))
+        query = make_item(root, *(row.get(f"query_{field}") for field in CANDIDATE))
+        target = make_item(root, *map(target.get, CANDIDATE))
         shown.append([(f"task {task}, query: {asked}", query, "query"),
                       (f"target: {wanted}", target, True)])
     # Two tasks in a row of the gallery.
