@@ -133,21 +133,23 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
             put(tmp_path, value, 0.5, seed, loss=loss, stage2_steps=480, split="test")
             path = next(path for path in tmp_path.glob(f"*split=test*seed={seed}.json")
                         if ("infonce" in path.name) == (loss == "InfoNCE"))
-            premise = {f"premise {when}": {"cosine to the positive": value}
-                       for when in ("before", "after")}
-            write_json(path, json.loads(path.read_text()) | premise)
+            after = {"premise after": {"cosine to the positive": value}}
+            write_json(path, json.loads(path.read_text()) | after)
     one = {"local": 0.2, "global": 0.1}
     write_json(tmp_path / "layers.json", {"loss": [3.0, 2.0, 1.0]} | {
         f"{depth}{cut}": one for depth in (1, 2) for cut in ("", " without the last MLP")})
+    write_json(tmp_path / "premise.json", {WORLD: {"all tasks": {"cosine to the positive": 0.6}}})
     (docs := tmp_path / "docs").mkdir()
     evidence.write_report(tmp_path, docs)
     text = (docs / "evidence.md").read_text(encoding="utf-8")
     half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
     assert "| InfoNCE | 2 tasks a batch, 0.05 | 2 | 75.0 |  | 50.0 |  | 10.0 |  |" in text
     assert f"| MAC-Loss | 2 tasks a batch, 0.05 | 2 | 78.5 | +3.5 ± {half:.1f} | " in text
+    assert "| before training, all tasks | 0.60 |  |" in text
+    assert "| InfoNCE | 0.75 |  |" in text
     assert (docs / "evidence.png").exists()
     # Whoever clones the repository goes on from its results, with the same MLLM and worlds only.
-    for name, files in ((tmp_path.name, 7), ("another", 0)):
+    for name, files in ((tmp_path.name, 8), ("another", 0)):
         evidence.restore(tmp_path / "clone" / name, docs)
         found = sorted((tmp_path / "clone" / name).glob("*.json"))
         assert [path.name for path in found] == [

@@ -1,7 +1,7 @@
 """What a batch is made of decides what a loss can teach: the trials behind the README's claims.
 
     python toy/evidence.py             # everything; hours on two cores, goes on where it stopped
-    python toy/evidence.py grid        # one part: grid, finals, depth, layers, distil
+    python toy/evidence.py grid        # one part: grid, finals, premise, depth, layers, distil
     python toy/evidence.py --report    # only write docs/evidence.* of the results that are there
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
@@ -9,11 +9,12 @@ length) follows tau outward from 0.05 until it gets no better, for each loss, fo
 tasks and of all (one and four at one tau), in both worlds: GlyphBEIR as train.py has it, where a
 negative of another modality may show the same character, and `toy/glyph_beir.py --domains`, where,
 with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the winners at full
-length with five seeds and scores them on the test queries, `depth` asks whether half the layers
-catch up with training, `layers` what a look at the untrained model would choose, `distil` whether
-stage 1 brings the student nearer to its teacher, and when that pays. A run leaves one JSON file in
-`runs/evidence`; a run whose file is there is not done again, and a new folder begins with the
-results in docs/evidence.json. What has been run so far, with how many seeds: docs/evidence.md.
+length with five seeds and scores them on the test queries, `premise` looks at what MAC-Loss
+assumes before any training, `depth` asks whether half the layers catch up with training, `layers`
+what a look at the untrained model would choose, `distil` whether stage 1 brings the student nearer
+to its teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a run whose file
+is there is not done again, and a new folder begins with the results in docs/evidence.json. What has
+been run so far, with how many seeds: docs/evidence.md.
 """
 
 import argparse
@@ -175,8 +176,6 @@ def run_one(settings, seed, folder, keep=None):
     sets = {stage: train.train_set(Benchmark(config.data, seed), config, stage)
             for stage in (1, 2)}
     result = {"id": path.name.rpartition(" seed=")[0], "seed": seed, "device": device.type}
-    if split == "test":  # the premise before and after
-        result["premise before"] = premise(student, config.data, config.tasks_per_batch)
     train.remember_images(student, sets.values(), config)
     work = folder / f"work-{os.getpid()}"
     try:
@@ -379,6 +378,16 @@ def layers(folder, workers=1):
     write_json(path, result)
 
 
+def premises(folder, workers=1):
+    """What MAC-Loss assumes, before training: in 32 batches of each kind, by the first layers."""
+    path = folder / "premise.json"
+    if not path.exists():
+        model = PUMA.from_pretrained(BASE.model, BASE.keep_layers).eval()
+        write_json(path, {world: {name: premise(model, data, mix, batches=32)
+                                  for mix, name in EVERY_MIX.items()}
+                          for world, data in WORLDS.items()})
+
+
 def distil_settings(folder, labels, steps, weight, teacher):
     return infonce(folder, labels=labels, stage1_steps=steps, distill_weight=weight,
                    teacher=teacher)
@@ -470,18 +479,24 @@ PREMISE = ("cosine to the positive", "cosine to intra-modality negatives",
 
 
 def premise_table(folder, world):
-    """Markdown: the premise in batches as each final trained on, before and after; direction."""
-    rows = ["| loss | | " + " | ".join(PREMISE).replace("hardest", "nearest")
+    """Markdown: the premise before training, and in batches as each final trained on; direction."""
+    rows = ["| | " + " | ".join(PREMISE).replace("hardest", "nearest")
             + " | clips told from their reverse, %, with shuffled frames, % |",
-            "|---|---|" + "---|" * (len(PREMISE) + 1)]
-    for name, settings in final_lines(folder, world).items():
-        found = results_of(folder, settings)
-        for when in ("before", "after") if found else ():
-            means = [f"{statistics.mean(r[f'premise {when}'].get(line, 0) for r in found):.2f}"
-                     for line in PREMISE]
+            "|---|" + "---|" * (len(PREMISE) + 1)]
+    path, lines = folder / "premise.json", {}
+    if path.exists():
+        lines = {f"before training, {mix}": [{"premise after": table}]
+                 for mix, table in json.loads(path.read_text())[world].items()}
+    lines |= {name: results_of(folder, settings)
+              for name, settings in final_lines(folder, world).items()}
+    for name, found in lines.items():
+        if found:
+            values = [[r["premise after"][line] for r in found if line in r["premise after"]]
+                      for line in PREMISE]  # of one task a batch: no inter-modality negatives
+            means = [f"{statistics.mean(own):.2f}" if own else "" for own in values]
             told = [f"{100 * statistics.mean(part):.0f}" for part in zip(
-                *(r["direction"] for r in found if "direction" in r))] if when == "after" else []
-            rows.append(f"| {name} | {when} | " + " | ".join([*means, ", ".join(told)]) + " |")
+                *(r["direction"] for r in found if "direction" in r))]
+            rows.append(f"| {name} | " + " | ".join([*means, ", ".join(told)]) + " |")
     return "\n".join(rows)
 
 
@@ -666,9 +681,10 @@ both pools, or (best local) by local pools alone. Against InfoNCE: over the seed
 of first places in the global pool. All intervals are of seeds of training alone: one MLLM, the same
 200 queries a task. All layers have the tau of four.
 
-Second table: the premise that MAC-Loss rests on, in four training batches of each row's own mix,
-the same for every seed (so rows with two tasks and with all are not to be compared). Shares are
-fractions; nearest: of the highest cosine.""",
+Second table: the premise that MAC-Loss rests on, before training in 32 batches of each kind (the
+first four layers), after it in four batches of the row's own kind, the same for every seed (with
+two tasks these are four pairs of tasks: a small sample). Shares are fractions; nearest: of the
+highest cosine.""",
     "Depth": """
 InfoNCE with the setting that is best for four layers, test queries, mean of the seeds (how many).
 The last row is paired by seed, ± half of the 95 % interval.""",
@@ -696,8 +712,8 @@ def write_report(folder, docs):
     results = [json.loads(path.read_text()) for path in sorted(folder.glob("* seed=*.json"))]
     if not results:  # the tables that are there are worth more than empty ones
         raise FileNotFoundError(f"{folder}: expected the results of runs, found none")
-    layers = folder / "layers.json"
-    about = {"of": folder.name, "layers": read_json(layers) if layers.exists() else {}}
+    about = {"of": folder.name} | {path.stem: read_json(path) for path in (
+        folder / "layers.json", folder / "premise.json") if path.exists()}
     lines = ",\n".join(map(json.dumps, results))  # one run a line
     write_text(docs / "evidence.json", f'{json.dumps(about)[:-1]}, "runs": [\n{lines}\n]}}\n')
     finals = {world: finals_table(folder, world) for world in WORLDS}
@@ -728,11 +744,12 @@ def restore(folder, docs):
     if kept.get("of") == folder.name:
         for run in kept["runs"]:
             write_json(folder / f"{run['id']} seed={run['seed']}.json", run)
-        if kept["layers"]:
-            write_json(folder / "layers.json", kept["layers"])
+        for name in kept.keys() & {"layers", "premise"}:
+            write_json(folder / f"{name}.json", kept[name])
 
 
-PARTS = {"grid": grid, "finals": finals, "depth": depth, "layers": layers, "distil": distil}
+PARTS = {"grid": grid, "finals": finals, "premise": premises, "depth": depth, "layers": layers,
+         "distil": distil}
 
 
 def main():
