@@ -467,7 +467,7 @@ def test_a_run_stopped_in_its_evaluation_goes_on_with_it_and_is_then_finished(
                                          keep_last=True, stage1_steps=0, stage2_steps=1))
     weights = (folder / "model/model.safetensors").stat()
     monkeypatch.setattr(train.evaluate, "evaluate_models", evaluate_models)
-    run_main(monkeypatch, "--resume", folder)
+    run_main(monkeypatch, "--resume", folder, "--device", "cpu")
     assert (folder / "model/model.safetensors").stat() == weights
     pruned = train.load_student(train.Config(model=str(MODEL), keep_layers=3, keep_last=True), CPU)
     expected = [PUMA.from_pretrained(MODEL), pruned, PUMA.from_pretrained(folder / "model")]
