@@ -286,6 +286,8 @@ def choose_attention(tower):
 def compile_layers(model):
     """Let torch fuse what a layer does between its products; -> the model. A first batch then takes
     half a minute. Not the last layer: hooks let it do the last position alone."""
+    if not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
+        raise ValueError("--compile needs a C compiler, such as gcc, on the PATH")
     # A program for batches of any shape, but one each with and without gradient, autocast, mask ...
     torch._dynamo.config.recompile_limit = 64
     for layer in [*model.backbone.visual.blocks, *model.backbone.language_model.layers[:-1]]:

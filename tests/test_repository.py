@@ -35,8 +35,8 @@ def test_a_handful_of_files_of_the_promised_length():
     assert {path.name for path in TOP} == set(BUDGETS) and len(SUPPORT) <= 10  # with __init__.py
     too_long = {name: lines(name) for name, most in BUDGETS.items() if lines(name) > most}
     assert not too_long
-    assert sum(lines(name) for name in METHOD if name.startswith("support/")) <= 1_562
-    assert sum(map(lines, METHOD)) <= 3_534
+    assert sum(lines(name) for name in METHOD if name.startswith("support/")) <= 1_564
+    assert sum(map(lines, METHOD)) <= 3_536
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -406,6 +406,15 @@ def test_compiled_layers_learn_the_same(uninterrupted, glyph_beir, tmp_path, mon
         assert next(numbers) == pytest.approx(next(numbers), rel=1e-3)
 
 
+def test_a_machine_without_a_compiler_is_told_so(glyph_beir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run_main(monkeypatch, *arguments(glyph_beir, tmp_path / "run", compile=True))
+    assert stop.value.code == 2 and not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == (
+        "error: --compile needs a C compiler, such as gcc, on the PATH\n")
+
+
 def test_a_run_folder_holds_what_it_promises(uninterrupted):
     rows = metrics(uninterrupted)
     assert [(r["stage"], r["step"]) for r in rows] == [
