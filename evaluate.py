@@ -324,7 +324,7 @@ def arguments():
         raise ValueError("a search is for --image or for --video, not for both")
     for name, value in vars(args).items():
         if value is not None and name != "device":
-            least = name not in ("popularity_penalty", "workers") and value is not False
+            least = name not in ("popularity_penalty", "workers") and value is not False  # letters
             check_option(f"--{name.replace('_', '-')}", value, type(value), int(least))
     if not re.fullmatch("all|[0-9]+(,[0-9]+)*", args.depths or "all"):
         raise ValueError(f"--depths must be all or numbers like 2,4, got {args.depths}")

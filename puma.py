@@ -307,7 +307,7 @@ class PUMA(nn.Module):
         parts = [] if items else [torch.empty(0, self.ret_embedding.numel())]  # cat needs one
         bar = {"leave": False} if show_progress else {"disable": True}  # or TQDM_DISABLE
         groups = [[items[i] for i in part] for part in order.split(batch_size) if items]
-        batches = prepared(self.collate, groups, self.workers if len(groups) > 1 else 0)
+        batches = prepared(self.collate, groups, min(self.workers, max(len(groups) - 1, 0)))
         for batch in tqdm(batches, "encode", len(groups), **bar):
             parts.append((forward or self)(to_device(batch, self.device)).float().cpu())
         self.train(training)

@@ -288,7 +288,7 @@ def compile_layers(model):
     half a minute. Not the last layer: hooks let it do the last position alone."""
     if not any(map(shutil.which, ("cc", "gcc", "clang", "cl"))):
         raise ValueError("--compile needs a C compiler, such as gcc, on the PATH")
-    # A program for batches of any shape, but one each with and without gradient, autocast, mask ...
+    # One program for batches of any shape, another with gradient, autocast, mask: torch ends at 8.
     torch._dynamo.config.recompile_limit = 64
     for layer in [*model.backbone.visual.blocks, *model.backbone.language_model.layers[:-1]]:
         layer.compile(dynamic=True)

@@ -483,20 +483,20 @@ def premise_table(folder, world):
     rows = ["| | " + " | ".join(PREMISE).replace("hardest", "nearest")
             + " | clips told from their reverse, %, with shuffled frames, % |",
             "|---|" + "---|" * (len(PREMISE) + 1)]
-    path, lines = folder / "premise.json", {}
+    path, lines = folder / "premise.json", {}  # name -> premises, directions: one a seed
     if path.exists():
-        lines = {f"before training, {mix}": [{"premise after": table}]
-                 for mix, table in json.loads(path.read_text())[world].items()}
-    lines |= {name: results_of(folder, settings)
-              for name, settings in final_lines(folder, world).items()}
-    for name, found in lines.items():
-        if found:
-            values = [[r["premise after"][line] for r in found if line in r["premise after"]]
-                      for line in PREMISE]  # of one task a batch: no inter-modality negatives
-            means = [f"{statistics.mean(own):.2f}" if own else "" for own in values]
-            told = [f"{100 * statistics.mean(part):.0f}" for part in zip(
-                *(r["direction"] for r in found if "direction" in r))]
-            rows.append(f"| {name} | " + " | ".join([*means, ", ".join(told)]) + " |")
+        lines = {f"before training, {mix}": ([found], [])
+                 for mix, found in json.loads(path.read_text())[world].items()}
+    for name, settings in final_lines(folder, world).items():
+        if found := results_of(folder, settings):
+            lines[name] = ([r["premise after"] for r in found],
+                           [r["direction"] for r in found if "direction" in r])
+    for name, (found, directions) in lines.items():
+        # With one task a batch there are no inter-modality negatives.
+        values = [[own[line] for own in found if line in own] for line in PREMISE]
+        means = [f"{statistics.mean(own):.2f}" if own else "" for own in values]
+        told = [f"{100 * statistics.mean(part):.0f}" for part in zip(*directions)]
+        rows.append(f"| {name} | " + " | ".join([*means, ", ".join(told)]) + " |")
     return "\n".join(rows)
 
 
