@@ -1,6 +1,5 @@
 """toy/evidence.py: its search for a temperature, its statistics and tables; it resumes."""
 
-import json
 import math
 import re
 import statistics
@@ -22,10 +21,10 @@ def settings(loss="InfoNCE", mix=2, tau=0.05, **more):
     return evidence.settings_of(WORLD, loss, mix, tau, **more)
 
 
-def put(folder, local, wide, seed=0, **named):
+def put(folder, local, wide, seed=0, about=None, **named):
     name = evidence.run_id(settings(**named))
-    write_json(folder / f"{name} seed={seed}.json", {
-        "id": name, "seed": seed, "local": local, "global": wide, "wrong modality": 0.1})
+    result = {"id": name, "seed": seed, "local": local, "global": wide, "wrong modality": 0.1}
+    write_json(folder / f"{name} seed={seed}.json", result | (about or {}))
 
 
 def test_every_run_of_the_grid_has_settings_that_exist_and_a_name_of_its_own():
@@ -107,10 +106,11 @@ def test_a_loss_is_judged_at_its_best_by_both_pools_and_by_local_pools_alone(tmp
     lines = evidence.final_lines(tmp_path, WORLD)
     assert lines["InfoNCE"] == settings(tau=0.05, stage2_steps=480, split="test")
     assert lines["InfoNCE, best local"] == settings(tau=0.03, stage2_steps=480, split="test")
+    assert lines["InfoNCE, 4 tasks a batch"] == {**lines["InfoNCE"], "tasks_per_batch": 4}
     assert lines["InfoNCE, all layers"] == {**lines["InfoNCE"], "keep_layers": 8}
     puma, usual = lines["PUMA, both stages"], Config()
     assert puma["stage1_steps"] + puma["stage2_steps"] == 480  # as many samples
-    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 7
+    assert puma["temperature"] == usual.temperature and "loss" not in puma and len(lines) == 8
     assert lines["both stages, InfoNCE"] == {**puma, "loss": "infonce", "temperature": 0.05}
     assert evidence.final_lines(tmp_path, OTHER) == {}
     assert "| InfoNCE | 2 tasks a batch |  |  | 80.0 / 50.0 | **70.0 / 90.0** |  |  |  |" in (
@@ -129,12 +129,10 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
     put(tmp_path, 0.7, 0.7)
     put(tmp_path, 0.7, 0.5, loss="MAC-Loss")
     for seed, (one, other) in enumerate([(0.80, 0.83), (0.70, 0.74)]):
-        for loss, value in (("InfoNCE", one), ("MAC-Loss", other)):
-            put(tmp_path, value, 0.5, seed, loss=loss, stage2_steps=480, split="test")
-            path = next(path for path in tmp_path.glob(f"*split=test*seed={seed}.json")
-                        if ("infonce" in path.name) == (loss == "InfoNCE"))
-            after = {"premise after": {"cosine to the positive": value}}
-            write_json(path, json.loads(path.read_text()) | after)
+        for mix, loss, value in ((2, "InfoNCE", one), (2, "MAC-Loss", other),
+                                 (4, "InfoNCE", one + 0.1), (4, "MAC-Loss", one)):
+            put(tmp_path, value, 0.5, seed, {"premise after": {"cosine to the positive": value}},
+                loss=loss, mix=mix, stage2_steps=480, split="test")
     one = {"local": 0.2, "global": 0.1}
     write_json(tmp_path / "layers.json", {"loss": [3.0, 2.0, 1.0]} | {
         f"{depth}{cut}": one for depth in (1, 2) for cut in ("", " without the last MLP")})
@@ -145,11 +143,14 @@ def test_the_report_pairs_the_finals_with_infonce_by_seed(tmp_path):
     half = 12.706 * statistics.stdev([3, 4]) / math.sqrt(2)
     assert "| InfoNCE | 2 tasks a batch, 0.05 | 2 | 75.0 |  | 50.0 |  | 10.0 |  |" in text
     assert f"| MAC-Loss | 2 tasks a batch, 0.05 | 2 | 78.5 | +3.5 ± {half:.1f} | " in text
+    four = "4 tasks a batch | 4 tasks a batch, 0.05 | 2"  # MAC-Loss against InfoNCE with as many
+    assert f"| InfoNCE, {four} | 85.0 | +10.0 ± 0.0 |" in text
+    assert f"| MAC-Loss, {four} | 75.0 | -10.0 ± 0.0 |" in text
     assert "| before training, all tasks | 0.60 |  |" in text
     assert "| InfoNCE | 0.75 |  |" in text
     assert (docs / "evidence.png").exists()
     # Whoever clones the repository goes on from its results, with the same MLLM and worlds only.
-    for name, files in ((tmp_path.name, 8), ("another", 0)):
+    for name, files in ((tmp_path.name, 12), ("another", 0)):
         evidence.restore(tmp_path / "clone" / name, docs)
         found = sorted((tmp_path / "clone" / name).glob("*.json"))
         assert [path.name for path in found] == [
@@ -170,13 +171,11 @@ def test_half_the_layers_are_set_against_all_of_them_seed_by_seed(tmp_path):
 
 def test_a_teacher_is_set_against_none_and_its_distance_is_told_before_and_after(tmp_path):
     put(tmp_path, 0.7, 0.7)
+    about = {"direction": [0.7, 0.5]} | {
+        f"apart {when}": {"distance": value} for when, value in (("before", 3), ("after", 1))}
     for seed in range(3):
         for steps, weight, local in ((120, 0.0, 0.5), (120, 1.0, 0.6), (240, 0.0, 0.55)):
-            put(tmp_path, local, 0.5, seed, stage1_steps=steps, distill_weight=weight)
-    for path in tmp_path.glob("*stage1*.json"):
-        about = {"direction": [0.7, 0.5]} | {
-            f"apart {when}": {"distance": value} for when, value in (("before", 3), ("after", 1))}
-        write_json(path, json.loads(path.read_text()) | about)
+            put(tmp_path, local, 0.5, seed, about, stage1_steps=steps, distill_weight=weight)
     assert evidence.distil_table(tmp_path).splitlines()[2:] == [
         "| all | 120 | no teacher | 3 | 50.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |",
         "| all | 120 | MLLM, distillation alone | 3 | 60.0 / 50.0 | +10.0 ± 0.0 / +0.0 ± 0.0 | "

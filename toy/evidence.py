@@ -6,15 +6,15 @@
 
 Each loss is tried at its own best setting. `grid` (one seed, validation queries, half the usual
 length) follows tau outward from 0.05 until it gets no better, for each loss, for batches of two
-tasks and of all (one and four at one tau), in both worlds: GlyphBEIR as train.py has it, where a
-negative of another modality may show the same character, and `toy/glyph_beir.py --domains`, where,
-with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the winners at full
-length with five seeds and scores them on the test queries, `premise` looks at what MAC-Loss
-assumes before any training, `depth` asks whether half the layers catch up with training, `layers`
-what a look at the untrained model would choose, `distil` whether stage 1 brings the student nearer
-to its teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a run whose file
-is there is not done again, and a new folder begins with the results in docs/evidence.json. What has
-been run so far, with how many seeds: docs/evidence.md.
+tasks and of all (the main two: of one and four as well), in both worlds: GlyphBEIR as train.py has
+it, where a negative of another modality may show the same character, and `toy/glyph_beir.py
+--domains`, where, with all tasks, most are of another dataset, as in M-BEIR. `finals` trains the
+winners at full length with five seeds and scores them on the test queries, `premise` looks at what
+MAC-Loss assumes before any training, `depth` asks whether half the layers catch up with training,
+`layers` what a look at the untrained model would choose, `distil` whether stage 1 brings the
+student nearer to its teacher, and when that pays. A run leaves one JSON file in `runs/evidence`; a
+run whose file is there is not done again, and a new folder begins with the results in
+docs/evidence.json. What has been run so far, with how many seeds: docs/evidence.md.
 """
 
 import argparse
@@ -71,8 +71,8 @@ TAUS = (0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2)
 START = TAUS.index(0.05)
 ALL = 0
 MIXES = {2: "2 tasks a batch", ALL: "all tasks"}
-# Only to see what lies between: both main losses at one tau, in one world; not chosen from.
-BETWEEN, BETWEEN_TAU = {1: "1 task a batch", 4: "4 tasks a batch"}, 0.08
+# To see what lies between, the two main losses alone; no loss's best is chosen from these.
+MAIN, BETWEEN = ("InfoNCE", "MAC-Loss"), {1: "1 task a batch", 4: "4 tasks a batch"}
 EVERY_MIX = dict(sorted((MIXES | BETWEEN).items(), key=lambda mix: mix[0] or math.inf))
 
 
@@ -259,6 +259,7 @@ def local_alone(result):
 
 
 CRITERIA = {"": mean_of_pools, ", best local": local_alone}  # how a loss's best run is chosen
+FOUR = ", 4 tasks a batch"  # the main two losses are also tried with
 
 
 def follow_tau(world, loss, mix, folder):
@@ -285,10 +286,8 @@ def side_by_side(jobs, workers):
 
 
 def grid(folder, workers):
-    jobs = [(run_one, settings_of(README_WORLD, loss, mix, BETWEEN_TAU), 0, folder)
-            for loss in ("InfoNCE", "MAC-Loss") for mix in BETWEEN]
-    side_by_side([*jobs, *((follow_tau, world, loss, mix, folder)
-                           for world in WORLDS for loss in LOSSES for mix in MIXES)], workers)
+    side_by_side([(follow_tau, world, loss, mix, folder) for world in WORLDS for loss in LOSSES
+                  for mix in (EVERY_MIX if loss in MAIN else MIXES)], workers)
 
 
 def tried(folder, world, loss, mixes=MIXES):
@@ -318,6 +317,8 @@ def final_lines(folder, world):
             settings = choice and settings_of(world, loss, *choice, **test)
             if choice and settings != lines.get(loss):  # the same may be the best by both
                 lines[loss + why] = settings
+    for loss in filter(lines.get, MAIN):  # what lies between, otherwise the same
+        lines[loss + FOUR] = lines[loss] | {"tasks_per_batch": 4}
     if world == README_WORLD and lines:
         lines["InfoNCE, all layers"] = {**lines["InfoNCE"], "keep_layers": 8}
         usual = Config()
@@ -458,7 +459,9 @@ def finals_table(folder, world):
             "|---|---|---|" + "---|---|" * len(columns)]
     for name, settings in lines.items():
         cells, seeds = [], 0
-        first = lines.get("InfoNCE" + (", best local" if name.endswith("local") else ""), settings)
+        # InfoNCE of the same kind; that with four tasks stands against the one with all.
+        why = next(why for why in (FOUR, *reversed(CRITERIA)) if name.endswith(why))
+        first = lines.get("InfoNCE" + ("" if name == "InfoNCE" + FOUR else why), settings)
         for column in columns:
             values = values_of(folder, settings, column)
             if not (seeds := len(values)):
@@ -467,7 +470,7 @@ def finals_table(folder, world):
             cells.append(f"{statistics.mean(values.values()):.1f}")
             cells.append("" if settings == first or common < 2 else f"{mean:+.1f} ± {half:.1f}")
         if seeds:
-            batch = f"{MIXES[settings['tasks_per_batch']]}, {settings['temperature']}"
+            batch = f"{EVERY_MIX[settings['tasks_per_batch']]}, {settings['temperature']}"
             rows.append(f"| {name} | {batch} | {seeds} | " + " | ".join(cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else ""
 
