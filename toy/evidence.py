@@ -665,9 +665,9 @@ NOTES = {  # what docs/evidence.md says above the tables of each section
     "Grid": f"""
 Validation queries, {BASE.stage2_steps} steps, one seed; bold: the loss's best by the mean of both
 pools. The rule: tau is followed outward from 0.05 until neither that mean nor the local rate gets
-better. Thinned: most variants with two tasks a batch, and one or four tasks a batch (not chosen
-from), were tried at one tau; rows without 0.05 were started at a higher tau. Where the best is the
-last run on either side, the search was not done to its end.
+better. Thinned: most variants with two tasks a batch, and one or four tasks a batch (the main two
+losses alone, not chosen from), were tried at one tau or two; rows without 0.05 were started at a
+higher tau. Where the best is the last run on either side, the search was not done to its end.
 
 One dataset: GlyphBEIR as train.py has it, characters and some clips. Four domains: `--domains`.
 Intra-modality negatives have the modality that the query wants, inter-modality ones another; tau
@@ -680,9 +680,11 @@ negatives get the lower temperature.""",
     "Finals": """
 Test queries, 480 steps, the losses that were run at their best setting of the grid: by the mean of
 both pools, or (best local) by local pools alone. Against InfoNCE: over the seeds both have, paired,
-± half of the 95 % interval; rows of best local against InfoNCE's best local. Wrong modality: share
-of first places in the global pool. All intervals are of seeds of training alone: one MLLM, the same
-200 queries a task. All layers have the tau of four.
+± half of the 95 % interval; rows of best local against InfoNCE's best local. With four tasks a
+batch, chosen from nothing, a loss has the tau of its first row; MAC-Loss there stands against
+InfoNCE with four tasks, and that against InfoNCE's first row. Wrong modality: share of first places
+in the global pool. All intervals are of seeds of training alone: one MLLM, the same 200 queries a
+task. All layers have the tau of four.
 
 Second table: the premise that MAC-Loss rests on, before training in 32 batches of each kind (the
 first four layers), after it in four batches of the row's own kind, the same for every seed (with
