@@ -174,15 +174,27 @@ def test_a_teacher_is_set_against_none_and_its_distance_is_told_before_and_after
     about = {"direction": [0.7, 0.5]} | {
         f"apart {when}": {"distance": value} for when, value in (("before", 3), ("after", 1))}
     for seed in range(3):
-        for steps, weight, local in ((120, 0.0, 0.5), (120, 1.0, 0.6), (240, 0.0, 0.55)):
+        for steps, weight, local in ((120, 0.0, 0.5), (120, 1.0, 0.6), (200, 0.0, 0.55)):
             put(tmp_path, local, 0.5, seed, about, stage1_steps=steps, distill_weight=weight)
     assert evidence.distil_table(tmp_path).splitlines()[2:] == [
         "| all | 120 | no teacher | 3 | 50.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |",
         "| all | 120 | MLLM, distillation alone | 3 | 60.0 / 50.0 | +10.0 ± 0.0 / +0.0 ± 0.0 | "
         "+5.0 ± 0.0 / +0.0 ± 0.0 | 3.00 to 1.00 | 70 |",
-        "| all | 240 | no teacher | 3 | 55.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |"]
+        "| all | 200 | no teacher | 3 | 55.0 / 50.0 |  |  | 3.00 to 1.00 | 70 |"]
     evidence.draw_distil(tmp_path / "distil.png", tmp_path)
     assert (tmp_path / "distil.png").exists()
+
+
+def test_a_teacher_has_rivals_in_as_many_steps_and_in_as_much_time(monkeypatch, tmp_path):
+    put(tmp_path, 0.7, 0.7)
+    jobs = []
+    monkeypatch.setattr(evidence, "run_one", lambda *_, **__: None)
+    monkeypatch.setattr(evidence, "side_by_side", lambda found, workers: jobs.extend(found))
+    evidence.distil(tmp_path, 1, seeds=1)
+    own = [settings for _, settings, *_ in jobs if settings["labels"] == 450]
+    assert len(own) == 4 * 5 + 4  # four lengths, five kinds of teacher; a step of one takes 5/3
+    plain = {one["stage1_steps"] for one in own if not one["distill_weight"]}
+    assert plain == {40, 66, 120, 200, 240, 400, 480, 800}
 
 
 def test_a_report_without_results_leaves_the_docs_alone(tmp_path):

@@ -139,11 +139,19 @@ LOSSES = {  # name -> settings
 DEPTHS, LENGTHS = range(1, 9), (80, 240, 480, 960)
 LABELS, STAGE1_STEPS = {450: "1 %", 4500: "10 %", 0: "all"}, (40, 120, 240, 480)
 MLLM, TRAINED = "", "teacher"  # whose folder stands beside the results
+NO_TEACHER = 0.0, MLLM
 TEACHERS = {  # name -> (weight of L_distill, teacher)
-    "no teacher": (0.0, MLLM),
+    "no teacher": NO_TEACHER,
     "MLLM, 0.9 InfoNCE + 0.1 distillation": (0.1, MLLM), "MLLM, distillation alone": (1.0, MLLM),
     "trained teacher, 0.9 + 0.1": (0.1, TRAINED), "trained teacher alone": (1.0, TRAINED),
 }
+
+
+def plain_steps(steps):
+    """So many steps without a teacher take the time of `steps` with one."""
+    # In forward passes of four layers: a student's step is 3, as the backward pass is twice the
+    # forward one; the teacher's eight layers are 2.
+    return steps * 5 // 3
 
 
 # ---- runs ----------------------------------------------------------------------------------------
@@ -397,9 +405,10 @@ def distil_settings(folder, labels, steps, weight, teacher):
 def distil(folder, workers, seeds=3):
     # The trained teacher first: no student can start before its folder is there.
     run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
-    side_by_side([(run_one, distil_settings(folder, labels, steps, *teacher), seed, folder)
-                  for seed in range(seeds) for labels in LABELS for steps in STAGE1_STEPS
-                  for teacher in TEACHERS.values()], workers)
+    kinds = [(steps, *teacher) for steps in STAGE1_STEPS for teacher in TEACHERS.values()]
+    kinds += [(plain_steps(steps), *NO_TEACHER) for steps in STAGE1_STEPS]
+    side_by_side([(run_one, distil_settings(folder, labels, *kind), seed, folder)
+                  for seed in range(seeds) for labels in LABELS for kind in kinds], workers)
 
 
 # ---- tables and pictures -------------------------------------------------------------------------
@@ -554,7 +563,7 @@ def distil_table(folder):
             "at equal time | distance, before to after | clips told from their reverse |",
             "|---" * 9 + "|"]
     for labels in LABELS if best(folder, README_WORLD, "InfoNCE", mean_of_pools) else ():
-        for steps in STAGE1_STEPS:
+        for steps in sorted({*STAGE1_STEPS, *map(plain_steps, STAGE1_STEPS)}):
             for name, teacher in TEACHERS.items():
                 settings = distil_settings(folder, labels, steps, *teacher)
                 found = results_of(folder, settings)
@@ -564,11 +573,10 @@ def distil_table(folder):
                     *((run["local"], run["global"], run["direction"][0]) for run in found)))
                 before, after = (statistics.mean(run[f"apart {when}"]["distance"] for run in found)
                                  for when in ("before", "after"))
-                against = " | ".join(  # as many steps; twice as many, as they take half the time
-                    "" if teacher == TEACHERS["no teacher"] else difference(
-                        folder, settings,
-                        distil_settings(folder, labels, many, *TEACHERS["no teacher"]))
-                    for many in (steps, 2 * steps))
+                against = " | ".join(
+                    "" if teacher == NO_TEACHER else difference(
+                        folder, settings, distil_settings(folder, labels, many, *NO_TEACHER))
+                    for many in (steps, plain_steps(steps)))
                 rows.append(f"| {LABELS[labels]} | {steps} | {name} | {len(found)} | {local:.1f} / "
                             f"{wide:.1f} | {against} | {before:.2f} to {after:.2f} | {told:.0f} |")
     return "\n".join(rows) if len(rows) > 2 else ""
@@ -580,12 +588,13 @@ def seen_worlds(folder):
             if world == README_WORLD or any(tried(folder, world, loss) for loss in LOSSES)]
 
 
+MARKERS = dict(zip(EVERY_MIX, "<o>s", strict=True))
 COLOURS = [f"tab:{name}" for name in
            "blue red green olive cyan orange purple brown pink gray".split()]
 
 
 def draw(path, folder):
-    """Local against global hit rate, a point per loss and batch, at its best tau; a panel a world.
+    """Local against global hit rate of the finals, the mean of a line's seeds; a panel a world.
 
     Arrows lead from InfoNCE to MAC-Loss, the large points. A percentage point has the same length
     on both axes.
@@ -594,19 +603,23 @@ def draw(path, folder):
     figure, axes = plt.subplots(1, len(worlds), figsize=(3.4 * len(worlds), 6),
                                 sharex=True, sharey=True, squeeze=False)
     for axis, world in zip(axes[0], worlds):
-        for mix, marker in zip(EVERY_MIX, "<o>s", strict=True):
-            ends = {}
-            for loss, colour in zip(LOSSES, COLOURS, strict=True):
-                runs = tried(folder, world, loss, [mix])
-                if not runs:
+        lines, ends = final_lines(folder, world), {}
+        for loss, colour in zip(LOSSES, COLOURS, strict=True):
+            for settings in (lines.get(loss + why) for why in (*CRITERIA, FOUR)):
+                values = settings and values_of(folder, settings, "local").values()
+                if not values:
                     continue
-                run = max(runs.values(), key=mean_of_pools)
-                ends[loss] = 100 * run["local"], 100 * run["global"]
-                size = 10 if loss in ("InfoNCE", "MAC-Loss") else 6
-                axis.plot(*ends[loss], marker, color=colour, markersize=size, alpha=0.8)
-                mixes_shown[EVERY_MIX[mix]], losses_shown[loss] = (marker, "black"), ("D", colour)
-            if {"InfoNCE", "MAC-Loss"} <= ends.keys():
-                axis.annotate("", ends["MAC-Loss"], ends["InfoNCE"],
+                mix = settings["tasks_per_batch"]
+                point = [statistics.mean(values_of(folder, settings, pool).values())
+                         for pool in ("local", "global")]
+                axis.plot(*point, MARKERS[mix], color=colour, markersize=10 if loss in MAIN else 6,
+                          alpha=0.8, zorder=3 if loss in MAIN else 2)
+                ends[loss, mix] = point
+                mixes_shown[EVERY_MIX[mix]] = MARKERS[mix], "black"
+                losses_shown[loss] = "D", colour
+        for mix in EVERY_MIX:
+            if {(loss, mix) for loss in MAIN} <= ends.keys():
+                axis.annotate("", *(ends[loss, mix] for loss in reversed(MAIN)),
                               arrowprops={"arrowstyle": "->", "color": "0.5", "shrinkA": 7,
                                           "shrinkB": 7})
         axis.set(title=world, xlabel="local pools, %", aspect="equal")
@@ -667,7 +680,7 @@ Validation queries, {BASE.stage2_steps} steps, one seed; bold: the loss's best b
 pools. The rule: tau is followed outward from 0.05 until neither that mean nor the local rate gets
 better. Thinned: most variants with two tasks a batch, and one or four tasks a batch (the main two
 losses alone, not chosen from), were tried at one tau or two; rows without 0.05 were started at a
-higher tau. Where the best is the last run on either side, the search was not done to its end.
+higher tau. Where a best stands at the edge of what was tried, the search is unfinished.
 
 One dataset: GlyphBEIR as train.py has it, characters and some clips. Four domains: `--domains`.
 Intra-modality negatives have the modality that the query wants, inter-modality ones another; tau
@@ -679,17 +692,20 @@ of down from it; crossing: up beyond it, until it is the softer one. Inverted: i
 negatives get the lower temperature.""",
     "Finals": """
 Test queries, 480 steps, the losses that were run at their best setting of the grid: by the mean of
-both pools, or (best local) by local pools alone. Against InfoNCE: over the seeds both have, paired,
-± half of the 95 % interval; rows of best local against InfoNCE's best local. With four tasks a
-batch, chosen from nothing, a loss has the tau of its first row; MAC-Loss there stands against
-InfoNCE with four tasks, and that against InfoNCE's first row. Wrong modality: share of first places
-in the global pool. All intervals are of seeds of training alone: one MLLM, the same 200 queries a
-task. All layers have the tau of four.
+both pools, or (best local) by local pools alone. Rows with four tasks a batch were not chosen: they
+have the tau of the loss's first row. Against InfoNCE: over the seeds both have, paired, ± half of
+the 95 % interval. MAC-Loss with four tasks stands against InfoNCE with four, rows of best local
+against InfoNCE's best local, all others against InfoNCE's first row. Wrong modality: share of first
+places in the global pool. All intervals are of seeds of training alone: one MLLM, the same 200
+queries a task. All layers have the tau of four.
 
 Second table: the premise that MAC-Loss rests on, before training in 32 batches of each kind (the
 first four layers), after it in four batches of the row's own kind, the same for every seed (with
 two tasks these are four pairs of tasks: a small sample). Shares are fractions; nearest: of the
-highest cosine.""",
+highest cosine. Clips: test and zero-shot ones, without those that blink, which has no reverse; a
+clip or its description counts if it is nearer to the right target than to that of the reverse.
+
+The picture: the first table, a point a row; what has other layers or a stage 1 is left out.""",
     "Depth": """
 InfoNCE with the setting that is best for four layers, test queries, mean of the seeds (how many).
 The last row is paired by seed, ± half of the 95 % interval.""",
@@ -703,12 +719,13 @@ Validation queries, mean of the seeds: stage 1 as given (distillation times {BAS
 then {BASE.stage2_steps} steps of InfoNCE at its best. Distillation alone needs no labels, so its
 stage 1 takes all training queries; all others see the labelled ones. Against no teacher: as many
 steps, paired by seed, ± half of the 95 % interval, where there are three; at equal time: against no
-teacher in twice as many steps, as a step with a teacher takes about twice as long. Distance: mean
-squared difference to the states of the teacher (without one: of the MLLM), of queries that training
-does not see, before and after stage 1. The trained teacher: all layers, {FINAL} steps of InfoNCE,
-all labels; one training, the same for every seed. The picture: 120 steps.""",
+teacher in 5/3 as many steps, as the teacher's eight layers cost two thirds of a step of four.
+Distance: mean squared difference to the states of the teacher (without one: of the MLLM), of
+queries that training does not see, before and after stage 1. The trained teacher: all layers,
+{FINAL} steps of InfoNCE, all labels; one training, the same for every seed. The
+picture: 120 steps.""",
 }
-PICTURES = {"Grid": ("evidence.png", draw), "Depth": ("evidence_depth.png", draw_depth),
+PICTURES = {"Finals": ("evidence.png", draw), "Depth": ("evidence_depth.png", draw_depth),
             "Distillation": ("evidence_distil.png", draw_distil)}
 
 
