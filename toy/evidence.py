@@ -654,14 +654,15 @@ def draw_depth(path, folder):
 
 
 def draw_distil(path, folder, steps=120):
-    """Hit rate by share of labels, a colour per teacher, a point per seed: left local, right
-    global."""
+    """Hit rate by share of labels at equal time, a colour per teacher, a point per seed: left
+    local, right global."""
     figure, axes = plt.subplots(1, 2, figsize=(6.8, 4), sharey=True)
     for axis, pool in zip(axes, ("local", "global")):
         for number, (name, teacher) in enumerate(TEACHERS.items()):
+            many = plain_steps(steps) if teacher == NO_TEACHER else steps  # as much time
             found = [(place + (number - 2) / 8, value) for place, labels in enumerate(LABELS)
                      for value in values_of(folder, distil_settings(
-                         folder, labels, steps, *teacher), pool).values()]
+                         folder, labels, many, *teacher), pool).values()]
             axis.plot(*(zip(*found) if found else ([], [])), "o", color=COLOURS[number],
                       markersize=5, alpha=0.8, label=name)
         axis.set(title=f"{pool} pool{'s' * (pool == 'local')}", xlabel="labels",
@@ -722,8 +723,9 @@ steps, paired by seed, ± half of the 95 % interval, where there are three; at e
 teacher in 5/3 as many steps, as the teacher's eight layers cost two thirds of a step of four.
 Distance: mean squared difference to the states of the teacher (without one: of the MLLM), of
 queries that training does not see, before and after stage 1. The trained teacher: all layers,
-{FINAL} steps of InfoNCE, all labels; one training, the same for every seed. The
-picture: 120 steps.""",
+{FINAL} steps of InfoNCE, all labels; one training, the same for every seed.
+
+The picture: 120 steps with a teacher, 200 without, which takes as much time.""",
 }
 PICTURES = {"Finals": ("evidence.png", draw), "Depth": ("evidence_depth.png", draw_depth),
             "Distillation": ("evidence_distil.png", draw_distil)}
