@@ -606,8 +606,7 @@ def draw(path, folder):
         lines, ends = final_lines(folder, world), {}
         for loss, colour in zip(LOSSES, COLOURS, strict=True):
             for settings in (lines.get(loss + why) for why in (*CRITERIA, FOUR)):
-                values = settings and values_of(folder, settings, "local").values()
-                if not values:
+                if not settings or not results_of(folder, settings):
                     continue
                 mix = settings["tasks_per_batch"]
                 point = [statistics.mean(values_of(folder, settings, pool).values())
