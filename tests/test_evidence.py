@@ -187,14 +187,18 @@ def test_a_teacher_is_set_against_none_and_its_distance_is_told_before_and_after
 
 def test_a_teacher_has_rivals_in_as_many_steps_and_in_as_much_time(monkeypatch, tmp_path):
     put(tmp_path, 0.7, 0.7)
-    jobs = []
-    monkeypatch.setattr(evidence, "run_one", lambda *_, **__: None)
+    jobs, trained = [], []
+    monkeypatch.setattr(evidence, "run_one", lambda *_, keep: trained.append(keep))
     monkeypatch.setattr(evidence, "side_by_side", lambda found, workers: jobs.extend(found))
     evidence.distil(tmp_path, 1, seeds=1)
     own = [settings for _, settings, *_ in jobs if settings["labels"] == 450]
     assert len(own) == 4 * 5 + 4  # four lengths, five kinds of teacher; a step of one takes 5/3
     plain = {one["stage1_steps"] for one in own if not one["distill_weight"]}
     assert plain == {40, 66, 120, 200, 240, 400, 480, 800}
+    for _, *run in jobs:
+        write_json(evidence.path_of(*run), {})
+    evidence.distil(tmp_path, 1, seeds=1)
+    assert trained == [tmp_path / "teacher"]  # not again, where nobody is left to learn from it
 
 
 def test_a_report_without_results_leaves_the_docs_alone(tmp_path):

@@ -166,9 +166,13 @@ def run_id(settings):
     return " ".join(f"{k}={str(v).replace('/', '_')}" for k, v in sorted(changed.items())) or "base"
 
 
+def path_of(settings, seed, folder):
+    return folder / f"{run_id(settings)} seed={seed}.json"
+
+
 def run_one(settings, seed, folder, keep=None):
     """Train and score one model, unless its file is there; -> its results. `keep`: its place."""
-    path = folder / f"{run_id(settings)} seed={seed}.json"
+    path = path_of(settings, seed, folder)
     if path.exists() and (keep is None or keep.exists()):
         return json.loads(path.read_text())
     torch.set_num_threads(1)
@@ -210,7 +214,8 @@ def run_one(settings, seed, folder, keep=None):
     result |= scores(student, benchmark, split) | {"seconds": round(time.time() - started)}
     if keep:
         student.save_pretrained(keep)
-    write_json(path, result)
+    if not path.exists():  # a teacher that is trained again leaves the first one's results
+        write_json(path, result)
     print(f"{result['seconds']} s: {result['local']:.1%} {result['global']:.1%} {path.stem}",
           flush=True)
     return result
@@ -403,12 +408,14 @@ def distil_settings(folder, labels, steps, weight, teacher):
 
 
 def distil(folder, workers, seeds=3):
-    # The trained teacher first: no student can start before its folder is there.
-    run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
     kinds = [(steps, *teacher) for steps in STAGE1_STEPS for teacher in TEACHERS.values()]
     kinds += [(plain_steps(steps), *NO_TEACHER) for steps in STAGE1_STEPS]
-    side_by_side([(run_one, distil_settings(folder, labels, *kind), seed, folder)
-                  for seed in range(seeds) for labels in LABELS for kind in kinds], workers)
+    jobs = [(run_one, distil_settings(folder, labels, *kind), seed, folder)
+            for seed in range(seeds) for labels in LABELS for kind in kinds]
+    # The trained teacher first, if one is still to learn from it: its folder must be there.
+    if any(job[1]["teacher"] and not path_of(*job[1:]).exists() for job in jobs):
+        run_one(depth_settings(folder, 8, FINAL), 0, folder, keep=folder / TRAINED)
+    side_by_side(jobs, workers)
 
 
 # ---- tables and pictures -------------------------------------------------------------------------
